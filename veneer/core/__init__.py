@@ -1,0 +1,4 @@
+"""The core: sites, deltas, attaching, evidence, hooks, recipes and the registry.
+
+It imports no method; methods import it.
+"""

@@ -1,0 +1,4 @@
+"""Starts of a delta's factors: one file a start.
+
+The registry walks this folder; nothing is re-exported.
+"""
