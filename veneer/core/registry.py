@@ -86,7 +86,7 @@ def method(
             raise ValueError(f"method {name!r} is registered twice: {known.cls.__module__} and {cls.__module__}")
         cls.name = name
         _methods[name] = Method(name, axis, cls, paper, system, tuple(gives), tuple(wants), defaults)
-        _aliases.update({a: name for a in aliases})
+        _aliases.update(dict.fromkeys(aliases, name))
         return cls
 
     return register
@@ -120,7 +120,9 @@ def find(name: str) -> Method:
     """The method called ``name``; raises UserError with the nearest name."""
     _walk()
     if name not in _methods:
-        raise UserError(f"there is no method {name!r}{nearest(name, [*_methods, *_systems])}; `veneer methods` lists all")
+        raise UserError(
+            f"there is no method {name!r}{nearest(name, [*_methods, *_systems])}; `veneer methods` lists all"
+        )
     return _methods[name]
 
 

@@ -1,0 +1,335 @@
+"""Deltas: the learned change at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core import chance
+from veneer.core.context import current
+from veneer.core.fields import Fields
+from veneer.core.product import lowrank_linear
+from veneer.core.site import Kind, Site
+
+if TYPE_CHECKING:
+    from veneer.core.adapted import Base
+    from veneer.core.context import Context
+
+
+class Slot(NamedTuple):
+    """A tensor that a delta keeps: its name, role, shape, start, and whether it trains.
+
+    Roles: factor_a factor_b core magnitude gate router head pool bias diagonal sparse. A frozen slot is drawn again
+    from the seed when an adapter is loaded, unless an init filled it.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    start: Callable[[tuple[int, ...], torch.Generator], Tensor] = chance.zeros
+    trained: bool = True
+
+
+class Pair(NamedTuple):
+    """A plain low-rank change ΔW = scale · B A with A (r, in) and B (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class LoRAForm(NamedTuple):
+    """A change as plain LoRA on the original W: ΔW = scale · B A, and the change of the bias (out,) or None."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    bias: Tensor | None = None
+
+
+class Delta(Fields, nn.Module):
+    """The learned change at one site; one instance a site.
+
+    A subclass lists its tensors in ``slots`` and gives either ``pair`` (a plain pair, run by the fused product),
+    or ``update`` and ``weight``, or ``forward`` and ``fold``. What it cannot do it declares below, with one sentence
+    in ``reasons``.
+    """
+
+    axis: ClassVar[str] = "delta"
+    layers: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
+    starts_at_base: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
+    reasons: ClassVar[dict[str, str]] = {}
+    peft: ClassVar[Any] = None
+    default_product: ClassVar[Any] = staticmethod(lowrank_linear)
+
+    def __init__(
+        self, site: Site, *, seed: int = 0, adapter: str = "default", pool: nn.Module | None = None, **fields: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        self.set_fields(fields)
+        self.site, self.seed, self.adapter_name = site, seed, adapter
+        self._pool = (pool,)
+        self.product = type(self).default_product
+        self.offset: Offset | None = None
+        self.gate: Tensor | None = None
+        self.scale = 1.0
+        self.rebuilt: set[str] = set()
+        for slot in self.slots():
+            self.set_tensor(slot.name, slot.start(slot.shape, self.generator(slot.name)).float(), trained=slot.trained)
+            if not slot.trained:
+                self.rebuilt.add(slot.name)
+        self.build()
+
+    # -- what a method says ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def places(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any]) -> list[Site]:
+        """The places this form takes among the selected sites: by default those of the kinds in ``layers``."""
+        return [s for s in sites if s.kind in cls.layers]
+
+    @classmethod
+    def shared(cls, sites: list[Site], fields: dict[str, Any], seed: int) -> nn.Module | None:
+        """What all sites share, built once and kept at the model's root; reaches each instance as ``pool``."""
+        return None
+
+    def slots(self) -> Iterable[Slot]:
+        """The tensors of this site."""
+        return ()
+
+    def build(self) -> None:
+        """Derive the scale, indices and other buffers once the slots stand."""
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the base's output."""
+        pair = self.pair()
+        if pair is None or not self.site.factored():
+            return self.site.run(self.drop(x), self.weight())
+        A, B = self.cast(x, pair.A, pair.B)
+        return self.site.lift(self.site.project(self.drop(x), A), B) * pair.scale
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The adapted output; ``base(x)`` runs what lies beneath."""
+        return base(x) + self.update(x)
+
+    def weight(self, W: Tensor | None = None) -> Tensor:
+        """ΔW (out, in) in fp32."""
+        pair = self.pair()
+        if pair is None:
+            raise NotImplementedError(f"{self.name} gives neither pair nor weight")
+        return pair.scale * (pair.B.float() @ pair.A.float())
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight (out, in) and bias (out,)."""
+        return W + self.weight(W), b
+
+    def pair(self) -> Pair | None:
+        """The plain pair that this delta is, or None."""
+        return None
+
+    def as_lora(self, W: Tensor, b: Tensor | None) -> LoRAForm | None:
+        """This change as plain LoRA on W, exactly, or None."""
+        pair = self.pair()
+        return None if pair is None else LoRAForm(pair.A, pair.B, pair.scale)
+
+    def prepare(self, ctx: Context) -> None:
+        """Called once per forward of the whole model, before its blocks."""
+
+    def parameter_count(self) -> int:
+        """The number of trained parameters at this site by the method's formula."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    # -- what the core gives ---------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Any:
+        """What this adapter's sites share."""
+        return self._pool[0]
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A CPU generator for one purpose at this site."""
+        return chance.generator(self.seed, self.site.path, *purpose)
+
+    def set_tensor(self, name: str, value: Tensor, *, trained: bool = False) -> None:
+        """Make or replace a tensor: a Parameter when it trains, else a buffer."""
+        value = value.detach().to(self.site_device())
+        kept = (name in self._parameters and not trained) or (name in self._buffers and trained)
+        if kept:
+            delattr(self, name)
+        if trained:
+            setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=True))
+        else:
+            if name in self.__dict__:
+                del self.__dict__[name]
+            self.register_buffer(name, value.contiguous())
+
+    def site_device(self) -> torch.device:
+        """Where the site's own tensors live."""
+        tensors = (*self.site.module.parameters(), *self.site.module.buffers())
+        return next((t.device for t in tensors), torch.device("cpu"))
+
+    def fill(self, start: dict[str, Tensor]) -> None:
+        """Put an init's tensors into the slots, by role; raises KeyError for a role that no slot has."""
+        slots = {s.role: s for s in self.slots()}
+        for role, value in start.items():
+            slot = slots[role]
+            self.set_tensor(slot.name, value.float(), trained=slot.trained)
+            self.rebuilt.discard(slot.name)
+
+    def freeze_offset(self) -> None:
+        """Keep copies of the pair as it stands, to be subtracted: the start then equals the base."""
+        pair = self.pair()
+        assert pair is not None, "an offset needs a plain pair"
+        self.offset = Offset(self.site, pair)
+
+    def under(self) -> tuple[Delta | Offset, ...]:
+        """This delta with the offset beneath it: the links that run at its site."""
+        return (self,) if self.offset is None else (self.offset, self)
+
+    def is_plain(self) -> bool:
+        """Whether running this delta is adding its pair's product."""
+        return type(self).forward is Delta.forward and type(self).update is Delta.update and self.pair() is not None
+
+    def gated(self, A: Tensor) -> Tensor:
+        """A with each row times its component's gate, where there is one."""
+        return A if self.gate is None else A * self.gate[:, None]
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The type products are taken in: the input's, autocast's, or the layer's for integer input."""
+        if x.is_floating_point():
+            return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return self.site.module.weight.dtype
+
+    def cast(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors in the compute type of ``x``."""
+        dtype = self.compute_dtype(x)
+        return tuple(t.to(dtype) for t in tensors)
+
+    def draw_seed(self) -> int:
+        """The seed of this site's draw in the forward pass under way: the same when a block is recomputed."""
+        ctx = current()
+        return chance.derived_seed(self.seed, self.site.path, "draw", 0 if ctx is None else ctx.draw)
+
+    def active_dropout(self) -> float:
+        """The dropout probability that applies now."""
+        return getattr(self, "dropout", 0.0) if self.training else 0.0
+
+    def drop(self, x: Tensor) -> Tensor:
+        """``x`` after this delta's dropout, drawn from the pass's seed; integer input passes through."""
+        p = self.active_dropout()
+        if p == 0.0 or not x.is_floating_point():
+            return x
+        g = torch.Generator(x.device).manual_seed(self.draw_seed())
+        return x * torch.empty_like(x).bernoulli_(1 - p, generator=g).div_(1 - p)
+
+    def run(self, x: Tensor, base: Base) -> Tensor:
+        """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
+        if not (base.fusable and self.is_plain()):
+            return self.forward(x, base)
+        p = self.active_dropout()
+        seed = self.draw_seed() if p else None
+        A, B, scale = self.pair()
+        links = base.links
+        if links and links == (self.offset,) and not p and self.product is type(self).default_product:
+            A0, B0, s0 = self.offset.pair()
+            A, B = torch.cat([A, A0]), torch.cat([B, B0 * (s0 / scale)], dim=1)
+            links = ()
+        if links:
+            return base(x) + self.product(x, None, None, A, B, scale, dropout=p, seed=seed)
+        return self.product(x, base.source(), base.own_bias(), A, B, scale, dropout=p, seed=seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
+        """Move the tensors; small ones (vectors, gates, indices) keep their type."""
+
+        def moved(t: Tensor) -> Tensor:
+            if t.ndim >= 2 and t.is_floating_point():
+                return fn(t)
+            return t.to(fn(t.new_empty(0)).device)
+
+        return super()._apply(moved, recurse)
+
+
+class Offset(nn.Module):
+    """A frozen −s·B₀A₀ beneath a delta: what a start moved out of W."""
+
+    def __init__(self, site: Site, pair: Pair) -> None:
+        super().__init__()
+        self.site, self.scale = site, -pair.scale
+        self.register_buffer("A", pair.A.detach().float().clone())
+        self.register_buffer("B", pair.B.detach().float().clone())
+
+    def pair(self) -> Pair:
+        """The frozen pair; its scale is negative."""
+        return Pair(self.A, self.B, self.scale)
+
+    def weight(self, W: Tensor | None = None) -> Tensor:
+        """−s·B₀A₀ (out, in)."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight less what was moved out of it."""
+        return W + self.weight(), b
+
+    def run(self, x: Tensor, base: Base) -> Tensor:
+        """The base's output less the frozen product."""
+        dtype = x.dtype if x.is_floating_point() else self.site.module.weight.dtype
+        if base.fusable and not base.links:
+            return lowrank_linear(x, base.source(), base.own_bias(), self.A, self.B, self.scale)
+        if not self.site.factored():
+            return base(x) + self.site.run(x, self.weight())
+        h = self.site.project(x, self.A.to(dtype))
+        return base(x) + self.site.lift(h, self.B.to(dtype)) * self.scale
+
+
+class Written(Delta):
+    """A base tensor that trains as it is: the site is one tensor, the undo record its value at attaching.
+
+    A half-precision tensor becomes an fp32 master, and the layer computes with its cast. The file holds the trained
+    values, which come back bit for bit where differences would not.
+    """
+
+    layers = ("parameter",)
+
+    def build(self) -> None:
+        p = self.parameter()
+        self.home_dtype = p.dtype
+        self.required_grad = p.requires_grad
+        self.old = p.data if p.dtype in (torch.bfloat16, torch.float16) else p.data.clone()
+        self.taken = False
+
+    def parameter(self) -> nn.Parameter:
+        """The base's own tensor."""
+        return self.site.module._parameters[self.site.name]
+
+    def take(self) -> None:
+        """Start training the tensor: an fp32 master in its place."""
+        p = self.parameter()
+        if not self.taken and p.dtype != torch.float32 and p.is_floating_point():
+            p.data = p.data.float()
+        p.requires_grad_(True)
+        self.taken = True
+
+    def release(self) -> None:
+        """Give the tensor back as it was, bit for bit."""
+        p = self.parameter()
+        p.data, p.grad = self.old, None
+        p.requires_grad_(self.required_grad)
+
+    def value(self, active: bool) -> Tensor | None:
+        """The tensor the layer computes with, or None when it is the one in place."""
+        p = self.parameter()
+        if not active:
+            return self.old
+        return None if p.dtype == self.home_dtype else p.to(self.home_dtype)
+
+    def weight(self, W: Tensor | None = None) -> Tensor:
+        """The change since attaching."""
+        return self.parameter().detach().float() - self.old.float()
+
+    def parameter_count(self) -> int:
+        return self.parameter().numel()

@@ -1,0 +1,192 @@
+"""Hooks: what acts during training, and the classes that methods of the other axes derive from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.fields import Fields
+from veneer.core.site import Site
+from veneer.errors import UserError
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+    from veneer.core.evidence import Evidence
+
+Plan = dict[str, dict[str, Any] | None]  # site path → overrides of the delta's fields; None drops the site
+Run = Callable[..., Any]  # run(batch, adapter="on" | "off" | state) → the model's outputs
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What only the run knows: the number of optimiser steps, the rate, the warm-up (steps) and the shape."""
+
+    steps: int
+    lr: float = 2e-4
+    warmup: int = 0
+    kind: Literal["linear", "cosine", "constant", "inverse-sqrt"] = "linear"
+    floor: float = 0.0
+
+    def factor(self, step: int, start: int = 0) -> float:
+        """The share of ``lr`` at optimiser step ``step`` (from 0) for a group whose clock began at ``start``."""
+        t, total = step - start, max(1, self.steps - start)
+        if t < self.warmup:
+            return (t + 1) / (self.warmup + 1)
+        left = max(0.0, (total - t) / max(1, total - self.warmup))
+        shape = {
+            "linear": left,
+            "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+            "constant": 1.0,
+            "inverse-sqrt": math.sqrt((self.warmup + 1) / (t + 1)),
+        }[self.kind]
+        return self.floor + (1 - self.floor) * shape
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a method: its share of the run's steps and the slots that train in it (None: all)."""
+
+    name: str
+    share: float = 1.0
+    trainable: tuple[str, ...] | None = None
+
+
+class Hook(Fields):
+    """Acts at fixed points of the loop; ``self.adapter`` is set before ``on_attach``.
+
+    ``step`` counts optimiser steps from 0. Statistics over accumulation are gathered per micro-batch (in ``loss``)
+    and read in ``after_backward``. Tensors of a hook that train live in ``parameters``.
+    """
+
+    axis: ClassVar[str] = ""
+    adapter: Adapter
+    seed: int = 0
+
+    def __init__(self, **fields: Any) -> None:
+        self.set_fields(fields)
+
+    def on_attach(self, adapter: Adapter) -> None:
+        """The deltas are built and hung."""
+
+    def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
+        """Training is about to start: ``adapter.optimizer`` stands."""
+
+    def before_step(self, step: int) -> None:
+        """Before the first forward of an optimiser step."""
+
+    def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
+        """A term added to the micro-batch's loss (a mean), or None."""
+        return None
+
+    def after_backward(self, step: int) -> None:
+        """The gradients are whole, not yet clipped."""
+
+    def before_optimizer(self, step: int) -> None:
+        """After clipping, before the optimiser."""
+
+    def after_step(self, step: int) -> None:
+        """The weights have moved and the gradients are still there: masks and proximal maps."""
+
+    def on_epoch(self, epoch: int) -> None:
+        """An epoch of the data has ended."""
+
+    def phases(self) -> list[Phase]:
+        """The phases of this method; an empty list when it has one."""
+        return []
+
+    def on_phase_end(self, phase: Phase) -> Plan | None:
+        """A phase has ended; a Plan makes the adapter be rebuilt to it."""
+        return None
+
+    def on_end(self) -> None:
+        """Training has ended."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors of the hook itself, by name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        if state:
+            raise UserError(f"{self.name} was saved with a state it cannot read: {sorted(state)}")
+
+    # ``micro_step(run, batch) → loss`` replaces forward, loss and backward; only methods that need it define it.
+
+
+class Init(Hook):
+    """Where a delta starts.
+
+    ``start`` returns tensors by slot role. With ``offset`` the core freezes copies of the started factors and
+    subtracts their product, so that the start equals the base. ``needs`` names the evidence wanted
+    (see ``evidence.NEEDS``). An init may also define ``plan(sites, evidence, budget)``.
+    """
+
+    axis = "init"
+    offset: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    starts_at_base: ClassVar[bool] = True
+
+    def start(
+        self, site: Site, slots: list[Any], evidence: Evidence | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Tensors by role for one site; roles left out keep the delta's own start."""
+        raise NotImplementedError
+
+    def settle(self, adapter: Adapter, batches: Iterable[Any]) -> None:
+        """Measure and rescale once all sites are set."""
+
+
+class Ranks(Hook):
+    """How much capacity goes where, and when; may define ``plan(sites, evidence, budget)``."""
+
+    axis = "ranks"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+
+class Optim(Hook):
+    """How a gradient becomes a step."""
+
+    axis = "optim"
+
+    def groups(self, adapter: Adapter) -> list[dict[str, Any]] | None:
+        """Parameter groups with ``params``, ``names`` and settings (``rate`` multiplies the run's), or None."""
+        return None
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """The optimiser of the run, or None for the loop's own; at most one method of a recipe gives one."""
+        return None
+
+    def rate(self, group: dict[str, Any], step: int) -> float:
+        """A factor on a group's scheduled rate."""
+        return 1.0
+
+    # ``product``: a stand-in for ``lowrank_linear`` with the same value and another backward.
+
+
+class Objective(Hook):
+    """What is added to the loss."""
+
+    axis = "objective"
+
+
+class Storage(Hook):
+    """How the frozen weight is stored and run; the base axis."""
+
+    axis = "base"
+
+    def places(self, sites: list[Site]) -> list[Site]:
+        """The sites whose layers are converted: by default every whole linear one."""
+        return [s for s in sites if s.kind == "linear"]
+
+    def convert(self, site: Site) -> None:
+        """Put the layer at ``site`` into this storage, in place."""
+        raise NotImplementedError
