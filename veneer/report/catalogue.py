@@ -1,0 +1,96 @@
+"""The page of methods, written from the registry: ``python -m veneer.report.catalogue docs/methods.md``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TITLES = {
+    "delta": "Deltas: the form of the change",
+    "init": "Inits: where it starts",
+    "ranks": "Ranks: how much capacity, where and when",
+    "optim": "Optim: how a gradient becomes a step",
+    "objective": "Objectives: what is added to the loss",
+    "base": "Bases: how the frozen weight is stored",
+    "side": "Sides: what learns beside the base",
+    "mixture": "Mixtures: several adapters at once",
+    "merge": "Merging: several adapters become one",
+    "protocol": "Protocols: who holds the data, in what order it comes",
+}
+
+
+def page(methods: Iterable[Any]) -> str:
+    """Markdown with one section an axis and one entry a method: name, paper, wants, fields, docstring."""
+    found = list(methods)
+    parts = ["# Methods", "", "Made from the registry by `make docs`; a recipe is a sum of these names.", ""]
+    for axis, title in TITLES.items():
+        members = [m for m in found if m.axis == axis]
+        if not members:
+            continue
+        parts += [f"## {title}", ""]
+        for method in members:
+            parts += _entry(method)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def fields(method: Any) -> list[tuple[str, str, str]]:
+    """(name, default, explanation with bounds) of each hyper-parameter of a method."""
+    from veneer.core.fields import fields_of
+
+    rows = []
+    for field in fields_of(method.cls).values():
+        at = field.at
+        bounds = [
+            f"{sign} {value:g}"
+            for sign, value in (("≥", at.ge), (">", at.gt), ("≤", at.le), ("<", at.lt))
+            if value is not None
+        ]
+        words = [w for w in (at.doc, at.unit, ", ".join(bounds)) if w]
+        rows.append((field.name, repr(field.default), "; ".join(words)))
+    return rows
+
+
+def declared(method: Any) -> list[str]:
+    """The sentences a method prints about itself: paper, what it gives and wants, each "no" with its reason."""
+    lines = []
+    if method.paper:
+        lines.append(f"paper: {method.paper}")
+    if method.gives:
+        lines.append("gives: " + ", ".join(method.gives))
+    if method.wants:
+        lines.append("wants: " + ", ".join(method.wants))
+    if method.defaults:
+        lines.append(f"fills absent axes with: {method.defaults}")
+    lines += [f"{name}: no, {why}" for name, why in (getattr(method.cls, "reasons", None) or {}).items()]
+    return lines
+
+
+def _entry(method: Any) -> list[str]:
+    lines = [f"### `{method.name}`", "", *(f"- {line}" for line in declared(method)), ""]
+    rows = fields(method)
+    if rows:
+        lines += ["| field | default | meaning |", "| --- | --- | --- |"]
+        lines += [f"| `{name}` | `{default}` | {words} |" for name, default, words in rows] + [""]
+    text = inspect.cleandoc(method.cls.__doc__ or "")
+    return [*lines, "```text", text, "```", ""] if text else lines
+
+
+def main(argv: list[str]) -> int:
+    """Write the page to the path in ``argv``."""
+    from veneer.core import registry
+
+    if len(argv) != 1:
+        print("usage: python -m veneer.report.catalogue PATH", file=sys.stderr)
+        return 2
+    path = Path(argv[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(registry.methods()), encoding="utf-8")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
