@@ -69,6 +69,16 @@ def test_a_weight_that_trains_gets_its_gradient():
     torch.testing.assert_close(call(W), call(W.detach()))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_without_a_weight_the_low_rank_part_stands_alone(p):
+    x, W, b, A, B, gain = parts()
+    seed = SEED if p else None
+    call = lambda x, b, A, B, g: lowrank_linear(x, None, b, A, B, 0.7, p, seed, g)  # noqa: E731
+    inputs = [t.requires_grad_() for t in (x, b, A, B, gain)]
+    assert torch.autograd.gradcheck(call, inputs)
+    torch.testing.assert_close(call(*inputs), reference(x, torch.zeros_like(W), b, A, B, 0.7, p, gain))
+
+
 def test_a_stored_weight_is_asked_for_again_in_backward():
     x, W, b, A, B, _ = parts()
     calls = []

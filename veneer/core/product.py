@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.numerics.dropout import keep_mask
 
-Weight = Tensor | Callable[[], Tensor]
+Weight = Tensor | Callable[[], Tensor] | None
 
 
 def lowrank_linear(
@@ -35,7 +35,8 @@ def lowrank_linear(
     Args:
         x: ``(…, in)``.
         weight: ``W (out, in)``, or a function that gives it (quantised storage); such a function is called again in
-            backward, so that no dense copy is kept. A weight that trains takes the plain expression instead.
+            backward, so that no dense copy is kept. A weight that trains takes the plain expression instead. None
+            leaves the low-rank part alone.
         bias: ``(out,)`` or None.
         A: ``(r, in)``, in fp32 or in the compute precision; its gradient has its own precision.
         B: ``(out, r)``, likewise.
@@ -98,16 +99,18 @@ class _LowRankLinear(torch.autograd.Function):
         with _as_given(x):
             rows = _rows(x, dtype)
             h = (rows * _mask(rows, dropout, seed) if dropout else rows) @ A.to(dtype).t()
-            b = None if bias is None else bias.to(dtype)
-            y = F.linear(rows, _dense(weight, dtype), b if gain is None else None)
-            y.addmm_(h, (B * factor).to(dtype).t())
-            z = None
+            b, Bs, z = None if bias is None else bias.to(dtype), (B * factor).to(dtype), None
+            if weight is None:
+                y = h @ Bs.t()
+            else:
+                y = F.linear(rows, _dense(weight, dtype), b if gain is None else None).addmm_(h, Bs.t())
             if gain is not None:
                 # z + z·(g − 1): in bf16 a gain near 1 would otherwise lose the digits in which it differs from 1.
                 z, y = y, torch.addcmul(y, y, (gain - 1).to(dtype))
-                if b is not None:
-                    y += b
+            if b is not None and (weight is None or gain is not None):
+                y += b
         ctx.weight = None if isinstance(weight, Tensor) else weight
+        ctx.alone = weight is None
         keep_h = ctx.needs_input_grad[4]
         keep_z = gain is not None and ctx.needs_input_grad[5]
         ctx.save_for_backward(
@@ -147,13 +150,17 @@ class _LowRankLinear(torch.autograd.Function):
                 rows = _rows(x, dtype)
                 grad_A = (gh.t() @ (rows if mask is None else rows * mask)).to(A.dtype)
             if need_x:
-                grad_x = g @ _dense(ctx.weight or weight, dtype)
-                if mask is None:
-                    grad_x.addmm_(gh, A.to(dtype))
-                else:
-                    grad_x.addcmul_(gh @ A.to(dtype), mask)
+                grad_x = _grad_x(g, None if ctx.alone else _dense(ctx.weight or weight, dtype), gh, A.to(dtype), mask)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, grad_gain, None, None, None
+
+
+def _grad_x(g: Tensor, W: Tensor | None, gh: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """``g W + mask ∘ (gh A)``, the second part added into the first."""
+    if W is None:
+        return gh @ A if mask is None else (gh @ A).mul_(mask)
+    grad = g @ W
+    return grad.addmm_(gh, A) if mask is None else grad.addcmul_(gh @ A, mask)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
