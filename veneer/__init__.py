@@ -20,7 +20,7 @@ _PUBLIC = {
     "load": "api",
     "load_model": "models.load",
     "methods": "core.registry",
-    "untie": "models.architecture",
+    "untie": "parts.folding",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,28 +1,28 @@
 """Attaching: from a recipe and a selection of sites to an adapter on a model, in one fixed order.
 
 Sites; evidence, on the model as given; the plan of ranks; conversion of the base; deltas built to the plan; starts;
-settle; on_attach; swap.
+settle; on_attach.
 """
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.core import chance
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter, base_fingerprint, root_of
 from veneer.core.delta import Delta, Written
 from veneer.core.evidence import Evidence, gather
-from veneer.core.hook import Hook, Init, Schedule
+from veneer.core.fields import fields_of
+from veneer.core.hook import Hook, Init, Optim, Plan, Schedule
 from veneer.core.recipe import Part, Recipe
 from veneer.core.site import Select, Site, find_sites, parameter_site, stored
 from veneer.errors import UserError, nearest
 from veneer.models import architecture
-
-HOOKED = ("init", "ranks", "optim", "objective")
 
 
 def attach(
@@ -36,7 +36,7 @@ def attach(
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     name: str = "default",
-    train: Iterable[str] = (),
+    train: str | Iterable[str] = (),
     keep_base: bool = True,
     schedule: Schedule | None = None,
 ) -> Adapter:
@@ -55,82 +55,49 @@ def attach(
         schedule: for methods that must know the run's length before it starts.
 
     Raises:
-        UserError: for a recipe, selection, field or name that does not fit, before anything is changed.
+        UserError: for a recipe, selection, field or name that does not fit; the model is then as it was.
     """
     parsed = recipes.parse(recipe, rank=rank, alpha=alpha, dropout=dropout)
-    _check_name(model, name)
-    chosen = _places(model, parsed, find_sites(model, sites))
-    hooks = _hooks(parsed, seed)
-    needs = frozenset(n for h in hooks for n in getattr(h, "needs", ()))
-    batches = _calibration(parsed, hooks, needs, calibration)
+    check_name(model, name)
+    chosen = places(model, parsed, find_sites(model, sites))
+    hooks = make_hooks(parsed, seed)
+    batches = _calibration(hooks, calibration)
+    tensors = trained_tensors(model, train)
     base = base_fingerprint(model)
-    tensors = _tensors(model, train)
-    evidence = _gather(model, chosen, hooks, needs, batches, seed)
+    evidence = _evidence(model, chosen, hooks, batches, seed)
+    form = parsed.part("delta")
     planner = next((h for axis in ("ranks", "init") for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
-    plan = planner.plan(chosen, evidence, _delta_fields(parsed)) if planner is not None else None
-    select = sites if isinstance(sites, str) else [s if isinstance(s, str) else s.path for s in _names(sites, chosen)]
-    adapter = _build(model, parsed, chosen, hooks, plan or {}, tensors, name, seed, base, select, keep_base)
+    plan = planner.plan(chosen, evidence, form and all_fields(form)) if planner is not None else None
+    select = sites if isinstance(sites, str) else [s.path for s in chosen] if callable(sites) else list(sites)
+    if not keep_base and not (form and form.method.cls.replaces):
+        raise UserError(f"keep_base=False: nothing in {parsed} stands for W; leave it True")
+    adapter = build(
+        model, parsed, chosen, hooks, plan=plan or {}, tensors=tensors, name=name, seed=seed, base=base, select=select
+    )
     try:
         _start(adapter, evidence)
         for h in hooks:
-            if isinstance(h, Init) and type(h).settle is not Init.settle:
+            if _settles(h):
                 h.settle(adapter, batches)
-        for h in hooks:
-            h.schedule = schedule
-            h.on_attach(adapter)
+        announce(adapter, schedule)
     except Exception:
-        adapter._remove(restore=True)
+        adapter.remove(restore=True)
         raise
-    _drop_replaced(adapter)
+    if not keep_base:
+        _drop_base(adapter)
     adapter.start_phase()
     return adapter
 
 
-def attach_from(
-    model: nn.Module,
-    description: dict[str, Any],
-    state: dict[str, Tensor],
-    *,
-    name: str = "default",
-    force: bool = False,
-) -> Adapter:
-    """Rebuild an adapter from what its file says: no evidence, no starts, then the saved tensors.
-
-    Raises UserError when the base is another one (unless ``force``) or a site of the file is not in the model.
-    """
-    parsed = recipes.parse(description["recipe"])
-    _check_name(model, name)
-    base = base_fingerprint(model)
-    if base != description["base"] and not force:
-        raise UserError(
-            f"this adapter was made on another base (its fingerprint is {description['base'][:8]}…, "
-            f"this model's {base[:8]}…); load it on that base, or with force=True if you are sure"
-        )
-    chosen = _places(model, parsed, find_sites(model, description["select"]))
-    by_path = {s.path: s for s in chosen}
-    lost = [p for p in description["sites"] if p not in by_path]
-    if lost:
-        raise UserError(f"the adapter has a site {lost[0]!r} that this model lacks{nearest(lost[0], by_path)}")
-    chosen = [by_path[p] for p in description["sites"]]
-    hooks = _hooks(parsed, description["seed"])
-    adapter = _build(
-        model, parsed, chosen, hooks, description["fields"], _tensors(model, description["train"]),
-        name, description["seed"], base, description["select"], True,
-    )  # fmt: skip
-    try:
-        adapter.phase = description.get("phase", 0)
-        for h in hooks:
-            h.schedule = None
-            h.on_attach(adapter)
-        adapter.load_state(state)
-    except Exception:
-        adapter._remove(restore=True)
-        raise
-    adapter.start_phase()
-    return adapter
+def announce(adapter: Adapter, schedule: Schedule | None) -> None:
+    """Tell every hook that the adapter stands."""
+    for h in adapter.hooks:
+        h.schedule = schedule
+        h.on_attach(adapter)
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that is taken, empty or would not do in a path."""
     taken = model.__dict__["_veneer"].adapters if "_veneer" in model.__dict__ else {}
     if name in taken:
         raise UserError(f"the model already has an adapter called {name!r}; give another name or detach it first")
@@ -138,19 +105,18 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise UserError(f"an adapter's name must not be empty or hold any of . : / \\, not {name!r}")
 
 
-def _places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
-    """The sites of the recipe's form, mixture and side among those selected; numbered in order."""
+def places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
+    """The sites of the recipe's form (or mixture) and side among those selected, numbered in order."""
     chosen: list[Site] = []
-    mixture = recipe.part("mixture")
-    parts = [p for p in (mixture or recipe.part("delta"), recipe.part("side")) if p is not None]
-    for part in parts:
-        fields = part.method.cls.checked({}) | _all_fields(part)
-        found = part.method.cls.places(model, sites, fields)
+    for part in (recipe.part("mixture") or recipe.part("delta"), recipe.part("side")):
+        if part is None:
+            continue
+        cls = part.method.cls
+        found = cls.places(model, sites, all_fields(part))
         if not found:
-            kinds = sorted({s.kind for s in sites})
             raise UserError(
-                f"{part.method.name} has no place among the selected sites (it takes {', '.join(part.method.cls.layers)}; "
-                f"the selection holds {', '.join(kinds)})"
+                f"{part.method.name} has no place among the selected sites: it takes {', '.join(cls.layers)}, "
+                f"and the selection holds {', '.join(sorted({s.kind for s in sites}))}"
             )
         chosen += found
     for i, s in enumerate(chosen):
@@ -158,201 +124,161 @@ def _places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
     return chosen
 
 
-def _all_fields(part: Part) -> dict[str, Any]:
-    from veneer.core.fields import fields_of
-
+def all_fields(part: Part) -> dict[str, Any]:
+    """The fields of a part, defaults included."""
     return {n: f.default for n, f in fields_of(part.method.cls).items()} | part.fields
 
 
-def _delta_fields(recipe: Recipe) -> dict[str, Any]:
-    part = recipe.part("delta")
-    return {} if part is None else _all_fields(part)
-
-
-def _hooks(recipe: Recipe, seed: int) -> list[Hook]:
-    hooks = []
-    for axis in HOOKED:
-        for part in recipe.on(axis):
-            hook = part.method.cls(**part.fields)
-            hook.seed = getattr(hook, "seed", None) or seed
-            hooks.append(hook)
+def make_hooks(recipe: Recipe, seed: int) -> list[Hook]:
+    """The recipe's hooks; refuses two that each bring their own optimiser, product or step."""
+    hooks = [p.method.cls(**p.fields) for axis in ("init", "ranks", "optim", "objective") for p in recipe.on(axis)]
+    for h in hooks:
+        h.seed = h.seed or seed
     for what in ("optimizer", "micro_step", "product"):
-        owners = [h for h in hooks if _defines(h, what)]
+        owners = [h.name for h in hooks if _brings(h, what)]
         if len(owners) > 1:
-            raise UserError(f"{owners[0].name} and {owners[1].name} both bring their own {what}; a recipe holds one")
+            raise UserError(f"{owners[0]} and {owners[1]} both bring their own {what}; a recipe holds one")
     return hooks
 
 
-def _defines(hook: Hook, what: str) -> bool:
-    from veneer.core.hook import Optim
-
+def _brings(hook: Hook, what: str) -> bool:
     own = getattr(type(hook), what, None)
     return own is not None and own is not getattr(Optim, what, None)
 
 
-def _calibration(recipe: Recipe, hooks: list[Hook], needs: frozenset[str], batches: Iterable[Any] | None) -> list[Any]:
-    settles = any(isinstance(h, Init) and type(h).settle is not Init.settle for h in hooks)
-    if not (needs or settles):
-        return []
-    if batches is None:
-        who = next(h.name for h in hooks if getattr(h, "needs", None) or isinstance(h, Init))
-        raise UserError(f"{who} looks at data before it starts: give attach calibration=<a few batches>")
-    return list(batches)
+def _settles(hook: Hook) -> bool:
+    return isinstance(hook, Init) and type(hook).settle is not Init.settle
 
 
-def _gather(
-    model: nn.Module, sites: list[Site], hooks: list[Hook], needs: frozenset[str], batches: list[Any], seed: int
-) -> Evidence | None:
-    if not needs:
+def _calibration(hooks: list[Hook], batches: Iterable[Any] | None) -> list[Any]:
+    wants = [h.name for h in hooks if getattr(h, "needs", None) or _settles(h)]
+    if wants and batches is None:
+        raise UserError(f"{wants[0]} looks at data before it starts: give attach calibration=<a few batches>")
+    return list(batches) if wants else []
+
+
+def _evidence(model: nn.Module, sites: list[Site], hooks: list[Hook], batches: list, seed: int) -> Evidence | None:
+    asking = [h for h in hooks if getattr(h, "needs", None)]
+    if not asking:
         return None
-    components = max([int(getattr(h, "components_wanted", lambda: 16)()) for h in hooks if getattr(h, "needs", None)])
-    labels_only = any(getattr(h, "labels_only", False) for h in hooks)
+    needs = frozenset(n for h in asking for n in h.needs)
+    components = max(getattr(h, "components_wanted", 16) for h in asking)
+    labels_only = any(getattr(h, "labels_only", False) for h in asking)
     return gather(model, sites, batches, needs, components=components, labels_only=labels_only, seed=seed)
 
 
-def _tensors(model: nn.Module, train: Iterable[str]) -> list[str]:
-    """The names of base tensors that train as they are: those that ``train`` names and a task head's."""
-    import fnmatch
-
+def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
+    """The names of base tensors that train as they are: those that ``train`` names and a new task head's."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".veneer." not in f".{n}"]
     chosen: list[str] = []
     for pattern in [train] if isinstance(train, str) else train:
-        hits = [n for n in names if fnmatch.fnmatch(n, pattern) or f".{n}".find(f".{pattern}.") >= 0 or n == pattern]
+        hits = [n for n in names if fnmatch.fnmatch(n, pattern) or f".{pattern}." in f".{n}."]
         if not hits:
             raise UserError(f"train={pattern!r} matches no tensor of the model{nearest(pattern, names)}")
         chosen += hits
     head = architecture.head(model)
-    if head is not None and _new_head(model):
+    new = getattr(model, "get_output_embeddings", lambda: None)() is None and hasattr(model, "config")
+    if head is not None and new:
         own = {id(p) for p in head.parameters()}
         chosen += [n for n, p in model.named_parameters() if id(p) in own]
     return list(dict.fromkeys(chosen))
 
 
-def _names(sites: Select, chosen: list[Site]) -> list[Any]:
-    return list(sites) if not callable(sites) else list(chosen)
-
-
-def _build(
+def build(
     model: nn.Module,
     recipe: Recipe,
     sites: list[Site],
     hooks: list[Hook],
-    plan: dict[str, Any],
+    *,
+    plan: Plan,
     tensors: list[str],
     name: str,
     seed: int,
     base: str,
     select: Any,
-    keep_base: bool,
 ) -> Adapter:
+    """Convert the base, build the deltas to the plan and hang them; the model is as it was when this raises."""
+    kept = [s for s in sites if plan.get(s.path, {}) is not None]
+    if not kept:
+        raise UserError("the plan leaves no site; give a larger rank or another selection")
     root = root_of(model)
     adapter = Adapter.built(model, recipe, name=name, seed=seed, base=base, select=select)
     adapter.flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    adapter.hooks, adapter.keep_base, adapter.plan = hooks, keep_base, plan
+    adapter.hooks, adapter.plan, adapter.sites = hooks, plan, kept
     for h in hooks:
         h.adapter = adapter
-    adapter.sites = [s for s in sites if plan.get(s.path, {}) is not None]
-    if not adapter.sites:
-        raise UserError("the plan leaves no site; give a larger rank or another selection")
     for part in recipe.on("base"):
         storage = part.method.cls(**part.fields)
         for site in storage.places([s for s in find_sites(model, "linear") if not stored(s.module)]):
             storage.convert(site)
-    form, mixture, side = recipe.part("delta"), recipe.part("mixture"), recipe.part("side")
-    pools = {
-        p.method.name: p.method.cls.shared(adapter.sites, _all_fields(p), seed) for p in (form, mixture, side) if p
-    }
-    _register_shared(adapter, pools)
-    if not root.adapters:
-        model.requires_grad_(False)
     root.adapters[name] = adapter
     root.switch.change(names=(*root.switch.names, name))
-    for site in adapter.sites:
-        part = _part_at(site, form, mixture, side)
-        adapter.deltas[site.path] = _delta(adapter, site, part, plan.get(site.path) or {}, pools, form)
-    for path in tensors:
-        d = Written(parameter_site(model, path), seed=seed, adapter=name)
-        adapter.trained[path] = d
-    for d in adapter.every().values():
-        if isinstance(d, Written):
-            d.take()
-        d.train(d.site.module.training)
-        adapter.hang(d)
-    for h in hooks:
-        if _defines(h, "product"):
-            for d in adapter.deltas.values():
-                d.product = h.product
+    if len(root.adapters) == 1:
+        model.requires_grad_(False)
+    try:
+        pools = _shared(adapter)
+        for site in kept:
+            adapter.hang(site.path, _delta(adapter, site, plan.get(site.path) or {}, pools))
+        for path in tensors:
+            adapter.hang(path, Written(parameter_site(model, path), seed=seed, adapter=name), trained=True)
+    except Exception:
+        adapter.remove(restore=True)
+        raise
+    product = next((h.product for h in hooks if _brings(h, "product")), None)
+    for d in adapter.deltas.values() if product is not None else ():
+        d.product = product
     return adapter
 
 
-def _part_at(site: Site, form: Part | None, mixture: Part | None, side: Part | None) -> Part:
-    for part in (mixture, side):
-        if part is not None and part.method.cls.takes(site):
-            return part
-    assert form is not None
-    return form
+def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[str, nn.Module]) -> Delta:
+    """The delta at one site: of the mixture or side that takes it, else of the recipe's form."""
+    form = adapter.recipe.part("delta")
+    special = [p for p in (adapter.recipe.part("mixture"), adapter.recipe.part("side")) if p is not None]
+    part = next((p for p in special if p.method.cls.takes(site)), form)
 
+    def make(p: Part = form, *purpose: Any, **fields: Any) -> Delta:
+        own = chance.derived_seed(adapter.seed, *purpose) if purpose else adapter.seed
+        pool = pools.get(p.method.name)
+        return p.method.cls(site, seed=own, adapter=adapter.name, pool=pool, **(p.fields | fields))
 
-def _delta(
-    adapter: Adapter, site: Site, part: Part, overrides: dict[str, Any], pools: dict[str, Any], form: Part | None
-) -> Delta:
-    fields = part.fields | overrides
-    pool = pools.get(part.method.name)
-    delta = part.method.cls(site, seed=adapter.seed, adapter=adapter.name, pool=pool, **fields)
+    delta = make(part, **overrides)
     if hasattr(delta, "compose"):
-
-        def make(index: int = 0, at: Site = site) -> Delta:
-            seed = chance.derived_seed(adapter.seed, "expert", index)
-            inner = form.method.cls
-            return inner(at, seed=seed, adapter=adapter.name, pool=pools.get(form.method.name), **form.fields)
-
-        delta.compose(make)
+        delta.compose(lambda index: make(form, "expert", index), adapter)
     return delta
 
 
-def _register_shared(adapter: Adapter, pools: dict[str, nn.Module | None]) -> None:
-    found = {n: p for n, p in pools.items() if p is not None}
-    if not found:
-        return
+def _shared(adapter: Adapter) -> dict[str, nn.Module]:
+    """Build what the sites of one method share and register it at the root."""
+    parts = [p for p in (adapter.recipe.part(a) for a in ("delta", "mixture", "side")) if p is not None]
+    found = {p.method.name: p.method.cls.shared(adapter.sites, all_fields(p), adapter.seed) for p in parts}
+    found = {n: pool for n, pool in found.items() if pool is not None}
     if len(found) > 1:
         raise UserError(f"{' and '.join(found)} each share tensors between sites; a recipe holds one such method")
-    adapter.shared = next(iter(found.values()))
-    model = adapter.model
-    if "veneer_shared" not in model._modules:
-        model.veneer_shared = nn.ModuleDict()
-    model.veneer_shared[adapter.name] = adapter.shared
+    for pool in found.values():
+        adapter.shared = pool
+        if "veneer_shared" not in adapter.model._modules:
+            adapter.model.veneer_shared = nn.ModuleDict()
+        adapter.model.veneer_shared[adapter.name] = pool
+    return found
 
 
 def _start(adapter: Adapter, evidence: Evidence | None) -> None:
     init = next((h for h in adapter.hooks if isinstance(h, Init)), None)
-    if init is None:
-        return
-    for delta in adapter.deltas.values():
+    for delta in adapter.deltas.values() if init is not None else ():
         slots = list(delta.slots())
         start = init.start(delta.site, slots, evidence, chance.generator(init.seed, delta.site.path, init.name))
-        extra = set(start) - {s.role for s in slots}
+        extra = sorted(set(start) - {s.role for s in slots})
         if extra:
-            raise UserError(
-                f"{init.name} starts {', '.join(sorted(extra))}, which {delta.name} does not have "
-                f"(it has {', '.join(s.role for s in slots)})"
-            )
+            has = ", ".join(s.role for s in slots) or "none"
+            raise UserError(f"{init.name} starts {extra[0]}, which {delta.name} does not have (it has: {has})")
         delta.fill(start)
-        if type(init).offset and start:
+        if init.offset and start:
             delta.freeze_offset()
 
 
-def _drop_replaced(adapter: Adapter) -> None:
-    if adapter.keep_base:
-        return
-    replacing = [d for d in adapter.deltas.values() if d.replaces]
-    if not replacing:
-        raise UserError(f"keep_base=False: nothing in {adapter.recipe} stands for W; leave it True")
-    for d in replacing:
-        p = d.site.module._parameters["weight"]
-        p.data = p.data.new_empty(0)
-
-
-def _new_head(model: nn.Module) -> bool:
-    """Whether the model's head was made for a task (a classifier), not trained with the base."""
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    return hasattr(model, "config") and embeddings is None
+def _drop_base(adapter: Adapter) -> None:
+    adapter.keep_base = False
+    for d in adapter.deltas.values():
+        p = d.site.module._parameters.get("weight")
+        if d.replaces and p is not None:
+            p.data = p.data.new_empty(0)

@@ -13,6 +13,7 @@ from veneer.core.context import current
 from veneer.core.fields import Fields
 from veneer.core.product import lowrank_linear
 from veneer.core.site import Kind, Site
+from veneer.numerics.dropout import keep_mask
 
 if TYPE_CHECKING:
     from veneer.core.adapted import Base
@@ -82,8 +83,7 @@ class Delta(Fields, nn.Module):
         self.rebuilt: set[str] = set()
         for slot in self.slots():
             self.set_tensor(slot.name, slot.start(slot.shape, self.generator(slot.name)).float(), trained=slot.trained)
-            if not slot.trained:
-                self.rebuilt.add(slot.name)
+        self.rebuilt.update(s.name for s in self.slots() if not s.trained)
         self.build()
 
     # -- what a method says ------------------------------------------------------------------------------------------
@@ -155,6 +155,14 @@ class Delta(Fields, nn.Module):
         """A CPU generator for one purpose at this site."""
         return chance.generator(self.seed, self.site.path, *purpose)
 
+    def set_gate(self, value: Tensor | None) -> None:
+        """Put a trained multiplier (r,) on the components, or take it off."""
+        if self.gate is not None:
+            delattr(self, "gate")
+        self.gate = None
+        if value is not None:
+            self.set_tensor("gate", value, trained=True)
+
     def set_tensor(self, name: str, value: Tensor, *, trained: bool = False) -> None:
         """Make or replace a tensor: a Parameter when it trains, else a buffer."""
         value = value.detach().to(self.site_device())
@@ -224,8 +232,8 @@ class Delta(Fields, nn.Module):
         p = self.active_dropout()
         if p == 0.0 or not x.is_floating_point():
             return x
-        g = torch.Generator(x.device).manual_seed(self.draw_seed())
-        return x * torch.empty_like(x).bernoulli_(1 - p, generator=g).div_(1 - p)
+        mask = keep_mask(self.draw_seed(), (x[..., 0].numel(), x.shape[-1]), p, x.dtype, x.device)
+        return x * mask.view(x.shape).div_(1 - p)
 
     def run(self, x: Tensor, base: Base) -> Tensor:
         """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
@@ -314,10 +322,10 @@ class Written(Delta):
         p.requires_grad_(True)
         self.taken = True
 
-    def release(self) -> None:
-        """Give the tensor back as it was, bit for bit."""
+    def release(self, restore: bool) -> None:
+        """Give the tensor back: as it was, bit for bit, or with what it learned."""
         p = self.parameter()
-        p.data, p.grad = self.old, None
+        p.data, p.grad = (self.old if restore else p.data.to(self.home_dtype)), None
         p.requires_grad_(self.required_grad)
 
     def value(self, active: bool) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from dataclasses import dataclass
 from functools import cache
@@ -80,7 +81,7 @@ def fields_of(cls: type) -> dict[str, Field]:
     found: dict[str, Field] = {}
     for owner in reversed([c for c in cls.__mro__ if issubclass(c, Fields)]):
         for name, hint in get_type_hints(owner, include_extras=True).items():
-            if name not in owner.__dict__.get("__annotations__", {}) or name.startswith("_"):
+            if name not in inspect.get_annotations(owner) or name.startswith("_"):
                 continue
             if get_origin(hint) is ClassVar or not hasattr(cls, name):
                 continue

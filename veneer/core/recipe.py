@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a recipe, complete: one delta (unless a side stands alone), at most one part on the other single axes."""
+    """The parts of a recipe, complete: a delta or a side, at most one part on each of the single axes."""
 
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()

@@ -122,7 +122,7 @@ def _dims(module: nn.Module) -> int:
 
 
 def _convolve(m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
-    conv, dims = next(v for t, v in _CONV.items() if isinstance(m, t))
+    conv, _ = next(v for t, v in _CONV.items() if isinstance(m, t))
     kernel = W.reshape(W.shape[0], -1, *m.kernel_size)
     if m.padding_mode != "zeros":
         x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)

@@ -1,0 +1,62 @@
+"""Building an adapter again from what its file says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.core import attach as core
+from veneer.core import recipe as recipes
+from veneer.core.adapter import Adapter, base_fingerprint
+from veneer.core.site import find_sites
+from veneer.errors import UserError, nearest
+from veneer.parts.state import load_state
+
+
+def attach_from(
+    model: nn.Module,
+    description: dict[str, Any],
+    state: dict[str, Tensor],
+    *,
+    name: str = "default",
+    force: bool = False,
+) -> Adapter:
+    """Attach what ``description`` and ``state`` hold: no evidence and no starts, then the saved tensors.
+
+    Raises UserError when the base is another one (unless ``force``) or a site of the file is not in the model.
+    """
+    parsed = recipes.parse(description["recipe"])
+    core.check_name(model, name)
+    base = base_fingerprint(model)
+    if base != description["base"] and not force:
+        raise UserError(
+            f"this adapter was made on another base (its fingerprint is {description['base'][:8]}…, "
+            f"this model's {base[:8]}…); load it on that base, or with force=True if you are sure"
+        )
+    by_path = {s.path: s for s in core.places(model, parsed, find_sites(model, description["select"]))}
+    lost = [p for p in description["sites"] if p not in by_path]
+    if lost:
+        raise UserError(f"the adapter has a site {lost[0]!r} that this model lacks{nearest(lost[0], by_path)}")
+    hooks = core.make_hooks(parsed, description["seed"])
+    adapter = core.build(
+        model,
+        parsed,
+        [by_path[p] for p in description["sites"]],
+        hooks,
+        plan=description["fields"],
+        tensors=core.trained_tensors(model, description["train"]),
+        name=name,
+        seed=description["seed"],
+        base=base,
+        select=description["select"],
+    )
+    try:
+        adapter.phase = description["phase"]
+        core.announce(adapter, None)
+        load_state(adapter, state)
+    except Exception:
+        adapter.remove(restore=True)
+        raise
+    adapter.start_phase()
+    return adapter
