@@ -17,17 +17,22 @@ from veneer.models.architecture import (
     tied,
     trunk,
 )
+from veneer.models.load import load_model
+from veneer.models.precision import fast_bf16, precision
 
 __all__ = [
     "attention_modules",
     "block_index",
     "blocks",
     "embedding",
+    "fast_bf16",
     "fused_rows",
     "head",
     "head_dim",
     "heads",
+    "load_model",
     "mlp_modules",
+    "precision",
     "role",
     "tied",
     "trunk",
