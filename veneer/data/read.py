@@ -26,6 +26,7 @@ class Rows(list[dict[str, Any]]):
 
     Attributes:
         name: file or folder name, or "data" for Python objects.
+        places: "line 17" for every row of a file; None for Python objects.
         label_names: class names by column, where the source declares them (datasets' ClassLabel).
     """
 
@@ -33,11 +34,11 @@ class Rows(list[dict[str, Any]]):
         super().__init__(rows)
         self.name = name
         self.label_names: dict[str, list[str]] = {}
-        self._places = places
+        self.places = places
 
     def where(self, index: int) -> str:
         """``"train.jsonl, line 17"`` for files, ``"data[3]"`` for Python objects."""
-        return f"{self.name}[{index}]" if self._places is None else f"{self.name}, {self._places[index]}"
+        return f"{self.name}[{index}]" if self.places is None else f"{self.name}, {self.places[index]}"
 
 
 def read_rows(source: Any, limit: int | None = None) -> Rows:
@@ -266,7 +267,7 @@ def _from_object(source: Any, limit: int | None) -> Rows:
 
 
 def _head(rows: Rows, limit: int) -> Rows:
-    head = Rows(rows[:limit], rows.name, rows._places and rows._places[:limit])
+    head = Rows(rows[:limit], rows.name, rows.places and rows.places[:limit])
     head.label_names = rows.label_names
     return head
 

@@ -1,0 +1,86 @@
+"""What the rows became, for a person to look at: the tokens that train in colour, and the counts of the whole."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from veneer.data.collate import IGNORED
+from veneer.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+TRAINED, GIVEN, NOTE = "bold green", "dim", "cyan"
+
+
+def render_rows(dataset: Dataset, tokenizer: Any, n: int = 5) -> list[Text]:
+    """The first ``n`` examples as the model sees them, what trains in colour.
+
+    Tokens are decoded in runs, so that characters of several tokens stay whole; special tokens are shown.
+    """
+    return [_rendered(dataset, index, tokenizer) for index in range(min(n, len(dataset)))]
+
+
+def _rendered(dataset: Dataset, index: int, tokenizer: Any) -> Text:
+    from rich.text import Text
+
+    item, text = dataset.items[index], Text()
+    text.append(f"{dataset.places[index]}  ", NOTE)
+    if "image" in item:
+        text.append(item["image"] if isinstance(item["image"], str) else "image", GIVEN)
+    elif isinstance(item["labels"], list):
+        names = dataset.label_names if dataset.task == "token-classification" else None
+        # Tokens of the same state are one run, but each tagged word is its own.
+        keys = [label if names or label == IGNORED else "trained" for label in item["labels"]]
+        for key, run in groupby(zip(item["input_ids"], keys), key=lambda pair: pair[1]):
+            part = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+            text.append(part, GIVEN if key == IGNORED else TRAINED)
+            if names and key != IGNORED:
+                text.append(f"[{names[key]}]", NOTE)
+            if names:
+                text.append(" ")
+    else:
+        text.append(tokenizer.decode(item["input_ids"], clean_up_tokenization_spaces=False), GIVEN)
+    if not isinstance(item["labels"], list):
+        label = item["labels"]
+        text.append(f" → {dataset.label_names[label] if dataset.label_names else label}", TRAINED)
+    if dataset.truncated[index]:
+        text.append(f" … cut at {dataset.max_length} tokens", NOTE)
+    return text
+
+
+def summary(dataset: Dataset) -> dict[str, Any]:
+    """Counts of the whole, JSON-able.
+
+    ``lengths`` is a histogram ``[(at most so many tokens, examples)]`` in powers of two; ``dropped`` names every row
+    that was left out; ``labels`` counts classes, where there are any.
+    """
+    classes = dataset.label_names and dict.fromkeys(dataset.label_names, 0)
+    if classes:
+        for item in dataset.items:
+            for label in item["labels"] if isinstance(item["labels"], list) else [item["labels"]]:
+                if label != IGNORED:
+                    classes[dataset.label_names[label]] += 1
+    return {
+        "name": dataset.name,
+        "task": dataset.task,
+        "rows": len(dataset) + len(dataset.dropped),
+        "kept": len(dataset),
+        "tokens": dataset.tokens,
+        "trained": dataset.trained,
+        "share_trained": dataset.trained / dataset.tokens,
+        "longest": int(dataset.lengths.max()),
+        "truncated": sum(dataset.truncated),
+        "lengths": _histogram(dataset.lengths),
+        "dropped": [{"where": drop.where, "reason": drop.reason} for drop in dataset.dropped],
+        "labels": classes,
+    }
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    bounds = 2 ** np.ceil(np.log2(lengths)).astype(np.int64)
+    values, counts = np.unique(bounds, return_counts=True)
+    return [(int(value), int(count)) for value, count in zip(values, counts)]
