@@ -1,0 +1,6 @@
+"""The contract: every registered method, as it declares itself."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,87 @@
+"""How each method of the registry is tried: a recipe for it, what it needs, which models it claims."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from models import KINDS, make
+
+import veneer
+from veneer.core import registry
+from veneer.core.delta import Written
+from veneer.core.hook import Schedule
+
+EXAMPLES = {  # what a name alone does not say
+    "x-lora": "x-lora(adapters=['a', 'b'])",
+    "lora": "lora(alpha=8.0)",
+}
+
+
+def recipe(method: registry.Method) -> str:
+    """The recipe that tries a method alone."""
+    return EXAMPLES.get(method.name, method.name)
+
+
+def all_methods() -> list[registry.Method]:
+    """Every method that a recipe can hold."""
+    return [m for m in registry.methods() if m.axis not in ("merge", "protocol")]
+
+
+def form(method: registry.Method) -> type:
+    """The class that runs at the sites: the method's own, or the form it brings."""
+    if method.axis in ("delta", "side", "mixture"):
+        return method.cls
+    part = veneer.core.recipe.parse(recipe(method)).part("delta")
+    return part.method.cls if part else method.cls
+
+
+def models_for(method: registry.Method) -> list[str]:
+    """The models that have a layer kind the method claims."""
+    kinds = getattr(method.cls, "layers", None) or form(method).layers
+    return list(dict.fromkeys(k for kind in kinds for k in KINDS[kind]))
+
+
+def cases() -> list[Any]:
+    """(method, model kind) for the whole registry."""
+    return [(m, kind) for m in all_methods() for kind in models_for(m)]
+
+
+def name(value: Any) -> str:
+    """A test id."""
+    return getattr(value, "name", str(value))
+
+
+def attached(method: registry.Method, kind: str, dtype: torch.dtype = torch.float32, **options: Any):
+    """A fresh case and the method's adapter on it."""
+    case = make(kind, dtype)
+    if method.name == "x-lora":
+        for i, label in enumerate("ab"):
+            expert = veneer.attach(case.model, "lora", rank=2 + i, sites=case.sites, name=label, seed=i)
+            moved(expert)
+    fields = {"rank": 4} if _has_rank(method) else {}
+    batches = [case.batch]
+    adapter = veneer.attach(
+        case.model, recipe(method), sites=case.sites, calibration=batches,
+        schedule=Schedule(steps=20, lr=1e-2), **(fields | options),
+    )  # fmt: skip
+    return case, adapter
+
+
+def _has_rank(method: registry.Method) -> bool:
+    from veneer.core.fields import fields_of
+
+    return any("rank" in fields_of(p.method.cls) for p in veneer.core.recipe.parse(recipe(method)).parts)
+
+
+def moved(adapter: Any, size: float = 0.1) -> None:
+    """Put the trained tensors somewhere else than their start, the same place each time."""
+    g = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * size)
+
+
+def is_written(adapter: Any) -> bool:
+    """Whether the adapter trains base tensors themselves."""
+    return any(isinstance(d, Written) for d in adapter.deltas.values())
