@@ -100,7 +100,7 @@ def test_keeps_the_input_as_it_came_and_nothing_else_of_its_size(p):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = lowrank_linear(x.requires_grad_(), W, b, A, B, 0.5, p, SEED)
-    weights = {t.data_ptr() for t in (W, A, B)}
+    weights = {t.data_ptr() for t in (W, b, A, B)}
     active = [t for t in kept if t.data_ptr() not in weights]
     assert [t.data_ptr() for t in active if t.numel() >= x.numel()] == [x.data_ptr()]
     assert sum(t.numel() for t in active) == x.numel() + 128 * 2  # x and h = x Aᵀ (N × r)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.numerics import lowrank
 from veneer.numerics.dropout import keep_mask
 
 Weight = Tensor | Callable[[], Tensor] | None
@@ -58,7 +59,8 @@ def lowrank_linear(
         raise ValueError("dropout needs a seed, from which backward draws the same mask again")
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         return _plain(x, weight, bias, A, B, scale, dropout, seed, gain)
-    return _LowRankLinear.apply(x, weight, bias, A, B, gain, float(scale), dropout, seed)
+    given, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    return _LowRankLinear.apply(x, given, bias, A, B, gain, stored, float(scale), dropout, seed)
 
 
 def _plain(x, W, bias, A, B, scale, dropout, seed, gain):
@@ -67,8 +69,7 @@ def _plain(x, W, bias, A, B, scale, dropout, seed, gain):
     if dropout:
         kept = x * keep_mask(seed, (x[..., 0].numel(), x.shape[-1]), dropout, x.dtype, x.device).view(x.shape)
     dtype = compute_dtype(x)
-    h = F.linear(kept, A.to(dtype))
-    y = F.linear(x, W) + F.linear(h, (B * (scale / (1 - dropout))).to(dtype))
+    y = F.linear(x, W) + F.linear(F.linear(kept, A.to(dtype)), (B * (scale / (1 - dropout))).to(dtype))
     if gain is not None:
         y = y * gain.to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
@@ -93,85 +94,39 @@ def _as_given(x: Tensor) -> AbstractContextManager:
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, gain, scale, dropout, seed):
-        dtype = compute_dtype(x)
-        factor = scale / (1.0 - dropout)
+    def forward(ctx, x, weight, bias, A, B, gain, stored, scale, dropout, seed):
+        ctx.dtype, ctx.facts = compute_dtype(x), (stored, scale, dropout, seed)
         with _as_given(x):
-            rows = _rows(x, dtype)
-            h = (rows * _mask(rows, dropout, seed) if dropout else rows) @ A.to(dtype).t()
-            b, Bs, z = None if bias is None else bias.to(dtype), (B * factor).to(dtype), None
-            if weight is None:
-                y = h @ Bs.t()
-            else:
-                y = F.linear(rows, _dense(weight, dtype), b if gain is None else None).addmm_(h, Bs.t())
-            if gain is not None:
-                # z + z·(g − 1): in bf16 a gain near 1 would otherwise lose the digits in which it differs from 1.
-                z, y = y, torch.addcmul(y, y, (gain - 1).to(dtype))
-            if b is not None and (weight is None or gain is not None):
-                y += b
-        ctx.weight = None if isinstance(weight, Tensor) else weight
-        ctx.alone = weight is None
-        keep_h = ctx.needs_input_grad[4]
-        keep_z = gain is not None and ctx.needs_input_grad[5]
-        ctx.save_for_backward(
-            x,
-            weight if ctx.weight is None else None,
-            A,
-            B,
-            h if keep_h else None,
-            gain,
-            z if keep_z else None,
-        )
-        ctx.dtype, ctx.factor, ctx.dropout, ctx.seed = dtype, factor, dropout, seed
-        ctx.bias_dtype = None if bias is None else bias.dtype
+            (y,), (h,), (z,) = lowrank.run(_rows(x, ctx.dtype), [_branch(ctx, weight, bias, A, B, gain)])
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(x, weight, bias, A, B, gain, h if need[4] else None, z if need[5] else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, weight, A, B, h, gain, z = ctx.saved_tensors
-        need_x, _, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
-        dtype, factor = ctx.dtype, ctx.factor
-        grad_x = grad_bias = grad_A = grad_B = grad_gain = None
+        x, weight, bias, A, B, gain, h, z = ctx.saved_tensors
+        need = ctx.needs_input_grad
         with _as_given(x):
-            g = grad_y.reshape(-1, grad_y.shape[-1])
-            if need_bias:
-                grad_bias = g.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(ctx.bias_dtype)
-            if gain is not None:
-                if need_gain:
-                    grad_gain = (g * z).sum(0, dtype=gain.dtype)
-                g = torch.addcmul(g, g, (gain - 1).to(dtype))
-            if need_B:
-                grad_B = (g.t() @ h).to(B.dtype) * factor
-            if need_A or need_x:
-                gh = g @ (B * factor).to(dtype)
-                mask = _mask(x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.seed, dtype) if ctx.dropout else None
-            if need_A:
-                rows = _rows(x, dtype)
-                grad_A = (gh.t() @ (rows if mask is None else rows * mask)).to(A.dtype)
-            if need_x:
-                grad_x = _grad_x(g, None if ctx.alone else _dense(ctx.weight or weight, dtype), gh, A.to(dtype), mask)
-                grad_x = grad_x.view(x.shape).to(x.dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, grad_gain, None, None, None
+            grad_x, (found,) = lowrank.gradients(
+                _rows(x, ctx.dtype),
+                [_branch(ctx, weight, bias, A, B, gain)],
+                [grad_y.reshape(-1, grad_y.shape[-1])],
+                [h],
+                [z],
+                need[0],
+                [need[2:6]],
+            )
+        if grad_x is not None:
+            grad_x = grad_x.view(x.shape).to(x.dtype)
+        return grad_x, None, *found, None, None, None, None
 
 
-def _grad_x(g: Tensor, W: Tensor | None, gh: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """``g W + mask ∘ (gh A)``, the second part added into the first."""
-    if W is None:
-        return gh @ A if mask is None else (gh @ A).mul_(mask)
-    grad = g @ W
-    return grad.addmm_(gh, A) if mask is None else grad.addcmul_(gh @ A, mask)
+def _branch(ctx, weight, bias, A, B, gain) -> lowrank.Branch:
+    stored, scale, dropout, seed = ctx.facts
+    return lowrank.Branch(stored if weight is None else weight, bias, A, B, scale, dropout, seed, gain)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` as a matrix ``(N, in)`` in the compute precision: a view unless autocast changes the precision."""
     return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    W = weight if isinstance(weight, Tensor) else weight()
-    return W.to(dtype)
-
-
-def _mask(rows: Tensor, dropout: float, seed: int, dtype: torch.dtype | None = None) -> Tensor:
-    return keep_mask(seed, tuple(rows.shape), dropout, dtype or rows.dtype, rows.device)
