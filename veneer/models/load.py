@@ -137,14 +137,19 @@ def _load(
         raise UserError(f'"{source}" is a {config.model_type} model, which has no form for the task "{task}"')
     if task == "regression":
         kwargs = {"num_labels": 1, "problem_type": "regression"} | kwargs
-    # Who says how many classes there are wants a head of that size, whatever head the folder has.
-    kwargs = {"ignore_mismatched_sizes": bool({"num_labels", "id2label"} & kwargs.keys())} | kwargs
     with _sentences(source, hub), _quiet():
         model, report = kind.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where, **kwargs
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
+            **{"ignore_mismatched_sizes": True, **kwargs},  # checked below, by name
         )
     mismatched = {key for key, *_ in report["mismatched_keys"]}
-    _check_whole(model, source, task, mismatched | set(report["missing_keys"]))
+    # Who says how many classes there are wants a head of that size, whatever head the folder has.
+    resized = bool({"num_labels", "id2label"} & kwargs.keys())
+    _check_whole(model, source, task, set(report["missing_keys"]) | mismatched, set() if resized else mismatched)
     reader = transformers.AutoImageProcessor if task == "image-classification" else transformers.AutoTokenizer
     if not hub and not _has_tokenizer(Path(source), task):
         return model, None
@@ -162,10 +167,9 @@ def _check_folder(folder: Path) -> None:
                     f"{folder} holds an adapter; load its base model here, then veneer.load(model, {str(folder)!r})"
                 )
         raise UserError(f"{folder} has no config.json; give the folder of a transformers model")
-    try:
-        facts = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config} is not valid JSON ({error}); fetch the file again") from None
+    if not _is_json(config):
+        raise UserError(f"{config} is not valid JSON; fetch the file again")
+    facts = json.loads(config.read_text(encoding="utf-8"))
     if not isinstance(facts, dict) or "model_type" not in facts:
         raise UserError(f'{config} names no "model_type"; give the folder of a transformers model')
     weights = sorted(folder.glob("*.safetensors"))
@@ -231,7 +235,7 @@ def _sentences(source: str, hub: bool) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a library's: whatever it meets in files that others wrote
         causes, link = [], error
         while link is not None:
             causes.append(type(link).__name__)
@@ -256,7 +260,17 @@ def _sentences(source: str, hub: bool) -> Iterator[None]:
             raise UserError(
                 f'"{source}" has no safetensors weights, and pickled ones are not read; choose another copy'
             ) from None
+        if not hub and (broken := [file for file in sorted(Path(source).glob("*.json")) if not _is_json(file)]):
+            raise UserError(f"{broken[0]} is not valid JSON; fetch the file again") from None
         raise UserError(f'"{source}" cannot be loaded: {said[:300]}') from error
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager
@@ -275,16 +289,18 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_whole(model: torch.nn.Module, source: str, task: str, missing: set[str]) -> None:
-    """A new task head may start afresh; a missing weight of a language model, a block or the embedding may not."""
+def _check_whole(model: torch.nn.Module, source: str, task: str, fresh: set[str], wrong: set[str]) -> None:
+    """A new task head may start afresh; a weight of a language model, of a block or of the embedding may not.
+
+    ``fresh`` names the tensors that were not read, ``wrong`` those among them that must have been.
+    """
     words = {f"{path}.weight" for path, module in model.named_modules() if module is embedding(model)}
-    lost = sorted(
-        key for key in missing if task in ("causal", "seq2seq") or block_index(key) is not None or key in words
-    )
+    whole = task in ("causal", "seq2seq")
+    lost = sorted(key for key in fresh if whole or key in wrong or block_index(key) is not None or key in words)
     if lost:
         raise UserError(
-            f'the weights of "{source}" lack {len(lost)} tensors that {type(model).__name__} needs, such as {lost[0]}; '
-            "fetch the model again, or choose the task that it was made for"
+            f'the weights of "{source}" lack {len(lost)} tensors that {type(model).__name__} needs, or have them in '
+            f"another shape, such as {lost[0]}; fetch the model again, or choose the task that it was made for"
         )
 
 
