@@ -33,15 +33,13 @@ def _rendered(dataset: Dataset, index: int, tokenizer: Any) -> Text:
         text.append(item["image"] if isinstance(item["image"], str) else "image", GIVEN)
     elif isinstance(item["labels"], list):
         names = dataset.label_names if dataset.task == "token-classification" else None
-        # Tokens of the same state are one run, but each tagged word is its own.
-        keys = [label if names or label == IGNORED else "trained" for label in item["labels"]]
-        for key, run in groupby(zip(item["input_ids"], keys), key=lambda pair: pair[1]):
+        # Tokens of the same state are one run, but every tagged word is its own.
+        states = [(label != IGNORED, k if names and label != IGNORED else -1) for k, label in enumerate(item["labels"])]
+        for (trains, at), run in groupby(zip(item["input_ids"], states), key=lambda pair: pair[1]):
             part = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-            text.append(part, GIVEN if key == IGNORED else TRAINED)
-            if names and key != IGNORED:
-                text.append(f"[{names[key]}]", NOTE)
+            text.append(part, TRAINED if trains else GIVEN)
             if names:
-                text.append(" ")
+                text.append(f"[{names[item['labels'][at]]}] " if trains else " ", NOTE)
     else:
         text.append(tokenizer.decode(item["input_ids"], clean_up_tokenization_spaces=False), GIVEN)
     if not isinstance(item["labels"], list):
