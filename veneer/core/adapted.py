@@ -64,7 +64,7 @@ class Base:
     @property
     def fusable(self) -> bool:
         """Whether the product can be fused into the layer's own: a whole linear layer with a dense weight."""
-        return self.site.kind == "linear" and self.site.rows is None
+        return self.site.kind == "linear" and self.site.rows is None and "_veneer_forward" not in vars(self.site.module)
 
     def source(self) -> Tensor | Callable[[], Tensor]:
         """The layer's dense weight, or a function that dequantises it."""

@@ -20,7 +20,8 @@ Undo = dict[tuple[nn.Module, str], Tensor | None]
 def folded_weights(adapter: Adapter) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
     """(site, W', b') in fp32 for each site, this adapter alone; raises UserError where a form cannot fold.
 
-    Base tensors that train as they are hold their change already and are left out; at a parameter site W′ is the tensor.
+    Base tensors that train as they are hold their change already and are left out;
+    at a parameter site W' is the tensor.
     """
     for d in adapter.deltas.values():
         if isinstance(d, Written):
