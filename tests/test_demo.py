@@ -1,22 +1,7 @@
 """The demo: its data, its score, and a quick run of the whole job."""
 
-import itertools
-
-from veneer.demo.score import Score, distance, score
+from veneer.demo.score import Score, score
 from veneer.demo.words import Word, dictionary, split
-
-
-def slow_distance(a, b):
-    """Levenshtein by its recursive definition."""
-    if not a or not b:
-        return len(a) + len(b)
-    return min(slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1, slow_distance(a[1:], b[1:]) + (a[0] != b[0]))
-
-
-def test_distance_is_levenshtein():
-    words = ["".join(letters) for n in range(4) for letters in itertools.product("ab", repeat=n)]
-    for a, b in itertools.product(words, words):
-        assert distance(a, b) == slow_distance(a, b)
 
 
 def test_score_counts_edits_over_phonemes_and_exact_words():

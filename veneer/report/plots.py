@@ -21,15 +21,15 @@ def curves(run_dir: str | Path) -> Path:
     Raises:
         UserError: the folder has no ``run.jsonl``, or none of its lines holds a training loss.
     """
+    from veneer.io.files import write_whole
+
     folder = Path(run_dir)
     log = folder / "run.jsonl"
     if not log.is_file():
         raise UserError(f"{folder} holds no run.jsonl; give the folder of a training run")
     figure = draw(_rows(log), title=_title(folder))
     path = folder / "curves.png"
-    partial = folder / "curves.png.partial"  # renamed when whole, so that a reader never sees half a picture
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=150))
     return path
 
 
@@ -118,11 +118,10 @@ def _rows(log: Path) -> list[dict[str, Any]]:
 
 
 def _title(folder: Path) -> str:
+    from veneer.io.files import read_json
+
     record = folder / "run.json"
     if not record.is_file():
         return ""
-    try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise UserError(f"{record} is not JSON; the record of the run is damaged") from None
+    facts = read_json(record)
     return str(facts.get("title") or facts.get("recipe") or "")

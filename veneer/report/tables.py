@@ -19,31 +19,22 @@ class Example(NamedTuple):
 
 
 def sites_table(adapter: Any) -> Table:
-    """What an adapter trains, one line for sites of the same role and shape: form, sites, shape, parameters."""
+    """What an adapter trains, one line for sites of the same role, form and shape."""
     from rich.table import Table
 
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for path, delta in adapter.deltas.items():
-        site = delta.site
-        shape = f"{site.out_features} × {site.in_features}"
-        trained = sum(p.numel() for p in delta.parameters(recurse=True) if p.requires_grad)
-        rank = getattr(delta, "rank", None)
-        form = delta.name + (f", rank {rank}" if rank is not None else "")
-        groups.setdefault((site.role or path, shape, form), []).append(trained)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("role", "W, out × in", "form"):
-        table.add_column(name)
-    for name in ("sites", "parameters"):
-        table.add_column(name, justify="right")
-    for (role, shape, form), counts in groups.items():
-        table.add_row(role, shape, form, str(len(counts)), f"{sum(counts):,}")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("role", "form", "W, out × in", "rank", "sites", "parameters"):
+        table.add_column(name, justify="left" if name in ("role", "form") else "right")
+    for row in adapter.table():
+        rank = "" if row["rank"] is None else str(row["rank"])
+        sites, parameters = f"{row['sites']:,}", f"{row['parameters']:,}"
+        table.add_row(row["role"], row["form"], row["shape"], rank, sites, parameters)
     return table
 
 
 def share_line(adapter: Any) -> str:
-    """``"210 sites, 4,884,480 of 139,400,640 parameters (3.5 %)"``: trained against all of the model's, adapter in."""
-    trained = sum(p.numel() for _, p in adapter.named_parameters())
-    total = sum(p.numel() for p in adapter.model.parameters())
+    """``"210 sites, 4,884,480 of 139,400,448 parameters (3.5 %)"``: trained against the model's with the adapter's."""
+    trained, total = adapter.parameter_count(), sum(p.numel() for p in adapter.model.parameters())
     return f"{len(adapter.sites)} sites, {trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
 
 
@@ -86,6 +77,44 @@ def fields_table(rows: Iterable[tuple[str, str, str]]) -> Table:
     table.add_column("meaning")
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def data_table(facts: dict[str, Any], named: int = 5) -> Table:
+    """A data set's ``summary``: rows, tokens, lengths, classes, and the first ``named`` rows that train nothing."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    table.add_row("task", facts["task"])
+    table.add_row("rows", f"{facts['kept']:,} of {facts['rows']:,} train")
+    tokens = f"{facts['tokens']:,}, {facts['trained']:,} of them trained ({100 * facts['share_trained']:.0f} %)"
+    if facts["task"] in ("causal", "seq2seq"):
+        table.add_row("tokens", tokens)
+    table.add_row("longest", f"{facts['longest']:,} tokens; {facts['truncated']:,} rows were cut")
+    table.add_row("lengths", "  ".join(f"≤{bound}: {count:,}" for bound, count in facts["lengths"]))
+    if facts["labels"]:
+        table.add_row("classes", "  ".join(f"{name}: {count:,}" for name, count in facts["labels"].items()))
+    for drop in facts["dropped"][:named]:
+        table.add_row("left out", f"{drop['where']}: {drop['reason']}")
+    if len(facts["dropped"]) > named:
+        table.add_row("", f"… and {len(facts['dropped']) - named:,} more")
+    return table
+
+
+def scores_table(columns: dict[str, dict[str, float]]) -> Table:
+    """Scores side by side, a column for each model; with two, the difference between them."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("score")
+    for name in [*columns, *(["change"] if len(columns) == 2 else [])]:
+        table.add_column(name, justify="right")
+    for name in next(iter(columns.values())):
+        values = [scores[name] for scores in columns.values()]
+        change = [f"{values[1] - values[0]:+.4f}"] if len(values) == 2 else []
+        table.add_row(name, *(f"{value:.4f}" for value in values), *change)
     return table
 
 

@@ -1,0 +1,6 @@
+"""``python -m veneer.cli``."""
+
+from veneer.cli.main import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,44 @@
+"""``veneer data``: what each row becomes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import Data, Model
+
+
+def command(
+    data: Data,
+    model: Model = "smollm2-135m",
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 5,
+    task: Annotated[
+        str | None, typer.Option(help="What the model learns.", show_default="seen from the columns")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help='How a prompt is written: a text with {prompt} or a column in braces, "chat", or a Jinja text.',
+            show_default="prompt and completion joined as they stand",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens after which a row is cut.", show_default="1024")
+    ] = None,
+) -> None:
+    """Show what each row becomes, and which tokens train."""
+    from rich.console import Console
+
+    from veneer.data import prepare, read_rows, render_rows, summary
+    from veneer.models.load import load_model
+    from veneer.report import tables
+
+    found = read_rows(data)  # before the model is loaded: what is wrong with the file is said at once
+    _, tokenizer = load_model(model)
+    dataset = prepare(found, tokenizer, task=task or "auto", template=template, max_length=max_length)
+    console = Console(highlight=False)
+    for text in render_rows(dataset, tokenizer, rows):
+        console.print(text, soft_wrap=True)
+    console.print()
+    console.print(tables.data_table(summary(dataset)))

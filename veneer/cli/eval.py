@@ -1,0 +1,45 @@
+"""``veneer eval``: what a model scores with an adapter and without."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import AdapterFolder, Data, Model
+
+
+def command(
+    model: Model,
+    data: Data,
+    adapter: AdapterFolder = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the model learns.", show_default="seen from the columns")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How a prompt is written, as in training.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens after which a row is cut.", show_default="1024")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.", show_default="all")] = None,
+) -> None:
+    """Score a model on data, with an adapter and without."""
+    from rich.console import Console
+
+    import veneer
+    from veneer.cli.loading import model_and_examples
+    from veneer.data import read_rows
+    from veneer.report import tables
+    from veneer.report.scores import scores
+
+    rows = read_rows(data, limit)
+    base, dataset = model_and_examples(model, rows, task=task, template=template, max_length=max_length)
+    columns = {"base": scores(base, dataset, batch_size)}
+    if adapter is not None:
+        veneer.load(base, adapter)
+        columns["with adapter"] = scores(base, dataset, batch_size)
+    console = Console(highlight=False)
+    console.print(f"{len(dataset):,} rows of {dataset.name}, task {dataset.task}")
+    console.print(tables.scores_table(columns))

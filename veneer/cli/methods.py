@@ -1,0 +1,50 @@
+"""``veneer methods``: the catalogue."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer.errors import UserError
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, in full: paper, hyper-parameters, what it combines with.")
+    ] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="Only one axis: delta, init, ranks, optim, objective, base, side, mixture …")
+    ] = None,
+) -> None:
+    """List the methods of recipes, or describe one."""
+    import inspect
+
+    from rich.console import Console
+
+    from veneer.core import registry
+    from veneer.report import catalogue, tables
+
+    console = Console()
+    if name is None:
+        if axis is not None and axis not in registry.AXES:
+            raise UserError(f"there is no axis {axis!r}; the axes are {', '.join(registry.AXES)}")
+        found = registry.methods(axis)
+        console.print(tables.methods_table(found))
+        console.print(
+            f"[dim]{len(found)} methods; `veneer methods NAME` describes one; a recipe is a sum: lora+pissa[/dim]"
+        )
+        return
+    if name in registry.systems():
+        console.print(f"{name} is the sum {registry.systems()[name]}", highlight=False)
+        return
+    method = registry.find(registry.aliases().get(name, name))
+    console.print(f"[bold]{method.name}[/bold]  {method.axis}", highlight=False)
+    for line in catalogue.declared(method):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+    console.print(inspect.cleandoc(method.cls.__doc__ or ""), highlight=False, markup=False)
+    rows = catalogue.fields(method)
+    if rows:
+        console.print()
+        console.print(tables.fields_table(rows))
