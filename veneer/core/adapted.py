@@ -183,7 +183,8 @@ def _replaced(module: nn.Module, tensors: tuple[tuple[Delta, bool], ...]):
         if isinstance(delta, Written):
             value = delta.value(on)
         else:
-            value = delta.weight(p) if p is None else (p + delta.weight(p)).to(p.dtype)
+            like = p if p is not None else next(module.parameters(recurse=False))
+            value = (delta.weight(p) if p is None else p + delta.weight(p)).to(like.dtype)
         if value is not None:
             before.setdefault(name, p)
             module._parameters[name] = value
@@ -277,6 +278,16 @@ def swap_out(module: nn.Module, key: str) -> None:
     module.__class__ = type(module)._veneer_base
     if "_veneer_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_veneer_forward")
+
+
+def beneath(site: Site) -> Base:
+    """What a delta built now will lie on: the layer with the adapters that act on it."""
+    module = site.module
+    if not isinstance(module, Adapted):
+        return Base(site, module.forward)
+    whole, rows, _ = module.veneer_links()
+    mine = tuple(link for d in rows if d.site.rows == site.rows for link in d.under())
+    return Base(site, module.veneer_own, whole if site.rows is None else mine)
 
 
 def plain(module: nn.Module) -> tuple[Any, Tensor | None, Tensor, Tensor, float, float, int | None] | None:

@@ -221,7 +221,8 @@ class Adapter:
     def hang(self, path: str, delta: Delta, trained: bool = False) -> None:
         """Hang one delta on its module; ``trained`` marks a base tensor that trains as it is."""
         if isinstance(delta, Written):
-            delta.take()
+            owners = [w for w in self.every().values() if isinstance(w, Written)]
+            delta.take(next((w for w in owners if w.parameter() is delta.parameter()), None))
         delta.train(delta.site.module.training)
         adapted.swap_in(delta.site.module, self.key(delta), delta, self.root.switch)
         (self.trained if trained else self.deltas)[path] = delta

@@ -64,17 +64,17 @@ def attach(
     batches = _calibration(hooks, calibration)
     tensors = trained_tensors(model, train)
     base = base_fingerprint(model)
-    evidence = _evidence(model, chosen, hooks, batches, seed)
-    form = parsed.part("delta")
+    form = all_fields(parsed.part("delta")) if parsed.part("delta") else {}
+    evidence = _evidence(model, chosen, hooks, batches, form, seed)
     planner = next((h for axis in ("ranks", "init") for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
-    plan = planner.plan(chosen, evidence, form and all_fields(form)) if planner is not None else None
+    plan = planner.plan(chosen, evidence, form) if planner is not None else None
     select = sites if isinstance(sites, str) else [s.path for s in chosen] if callable(sites) else list(sites)
-    if not keep_base and not (form and form.method.cls.replaces):
-        raise UserError(f"keep_base=False: nothing in {parsed} stands for W; leave it True")
     adapter = build(
         model, parsed, chosen, hooks, plan=plan or {}, tensors=tensors, name=name, seed=seed, base=base, select=select
     )
     try:
+        if not keep_base and not any(d.replaces for d in adapter.deltas.values()):
+            raise UserError(f"keep_base=False: nothing in {parsed} stands for W; leave it True")
         _start(adapter, evidence)
         for h in hooks:
             if _settles(h):
@@ -157,12 +157,14 @@ def _calibration(hooks: list[Hook], batches: Iterable[Any] | None) -> list[Any]:
     return list(batches) if wants else []
 
 
-def _evidence(model: nn.Module, sites: list[Site], hooks: list[Hook], batches: list, seed: int) -> Evidence | None:
+def _evidence(
+    model: nn.Module, sites: list[Site], hooks: list[Hook], batches: list, form: dict[str, Any], seed: int
+) -> Evidence | None:
     asking = [h for h in hooks if getattr(h, "needs", None)]
     if not asking:
         return None
     needs = frozenset(n for h in asking for n in h.needs)
-    components = max(getattr(h, "components_wanted", 16) for h in asking)
+    components = max(h.components_wanted(form) for h in asking)
     labels_only = any(getattr(h, "labels_only", False) for h in asking)
     return gather(model, sites, batches, needs, components=components, labels_only=labels_only, seed=seed)
 
@@ -181,6 +183,7 @@ def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
     if head is not None and new:
         own = {id(p) for p in head.parameters()}
         chosen += [n for n, p in model.named_parameters() if id(p) in own]
+    chosen += [n for group in architecture.tied(model) if set(group) & set(chosen) for n in group]
     return list(dict.fromkeys(chosen))
 
 

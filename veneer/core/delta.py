@@ -155,6 +155,12 @@ class Delta(Fields, nn.Module):
         """A CPU generator for one purpose at this site."""
         return chance.generator(self.seed, self.site.path, *purpose)
 
+    def beneath(self) -> Base:
+        """While this delta is built: what it will lie on, the adapters attached before included."""
+        from veneer.core.adapted import beneath
+
+        return beneath(self.site)
+
     def set_gate(self, value: Tensor | None) -> None:
         """Put a trained multiplier (r,) on the components, or take it off."""
         if self.gate is not None:
@@ -303,24 +309,22 @@ class Written(Delta):
 
     layers = ("parameter",)
 
-    def build(self) -> None:
-        p = self.parameter()
-        self.home_dtype = p.dtype
-        self.required_grad = p.requires_grad
-        self.old = p.data if p.dtype in (torch.bfloat16, torch.float16) else p.data.clone()
-        self.taken = False
-
     def parameter(self) -> nn.Parameter:
         """The base's own tensor."""
         return self.site.module._parameters[self.site.name]
 
-    def take(self) -> None:
-        """Start training the tensor: an fp32 master in its place."""
+    def take(self, first: Written | None = None) -> None:
+        """Start training the tensor, an fp32 master in its place; ``first`` is another owner's record of a tied one."""
         p = self.parameter()
-        if not self.taken and p.dtype != torch.float32 and p.is_floating_point():
+        self.first = first
+        if first is not None:
+            self.home_dtype, self.required_grad, self.old = first.home_dtype, first.required_grad, first.old
+            return
+        half = p.is_floating_point() and p.dtype != torch.float32
+        self.home_dtype, self.required_grad, self.old = p.dtype, p.requires_grad, p.data if half else p.data.clone()
+        if half:
             p.data = p.data.float()
         p.requires_grad_(True)
-        self.taken = True
 
     def release(self, restore: bool) -> None:
         """Give the tensor back: as it was, bit for bit, or with what it learned."""
@@ -340,4 +344,5 @@ class Written(Delta):
         return self.parameter().detach().float() - self.old.float()
 
     def parameter_count(self) -> int:
-        return self.parameter().numel()
+        """The tensor's size; of a tensor with two owners, at the first."""
+        return self.parameter().numel() if self.first is None else 0

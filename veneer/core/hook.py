@@ -70,6 +70,10 @@ class Hook(Fields):
     def __init__(self, **fields: Any) -> None:
         self.set_fields(fields)
 
+    def components_wanted(self, form: dict[str, Any]) -> int:
+        """How many principal components or sketch dimensions the evidence keeps, given the form's fields."""
+        return int(form.get("rank") or 16)
+
     def on_attach(self, adapter: Adapter) -> None:
         """The deltas are built and hung."""
 

@@ -83,8 +83,12 @@ class Site:
 
     def write(self, W: Tensor) -> None:
         """Copy a dense (out, in) matrix into the layer's own storage."""
+        m = self.module
         with torch.no_grad():
-            self.weight().copy_(W)
+            if m.weight.numel() == 0:  # a base that was dropped
+                m.weight.data = (W.T if self.transposed else W).to(m.weight.dtype).contiguous()
+            else:
+                self.weight().copy_(W)
 
     def run(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         """Apply a dense (out, in) matrix, and a bias, as the layer applies its own."""

@@ -33,7 +33,7 @@ def folded_weights(adapter: Adapter) -> Iterator[tuple[Site, Tensor, Tensor | No
             p = d.site.weight()
             yield d.site, d.weight(p) if p is None else p.float() + d.weight(p), None
             continue
-        W, b = d.site.weight().float(), d.site.bias()
+        W, b = None if d.replaces and not adapter.keep_base else d.site.weight().float(), d.site.bias()
         b = b if b is None else b.float()
         for link in d.under():
             W, b = link.fold(W, b)
