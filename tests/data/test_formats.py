@@ -103,6 +103,7 @@ def test_no_space_is_invented_in_the_middle_of_a_row(spaced):
     assert shown(spaced, {"prompt": "aQ", "completion": "bc"}) == "<s> ▁a Q [b] [c] [<eos>]"
     assert shown(spaced, {"prompt": "aQ", "completion": " bc"}) == "<s> ▁a Q [▁b] [c] [<eos>]"
     assert shown(spaced, {"prompt": "aQ", "completion": "\nb"}) == "<s> ▁a Q [\n] [b] [<eos>]"
+    assert shown(spaced, {"prompt": "<s>aQ", "completion": "b"}) == "<s> a Q [b] [<eos>]"  # not two of them
     assert shown(spaced, {"text": "abc"}) == "<s> [▁a] [b] [c] [<eos>]"
 
 

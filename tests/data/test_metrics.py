@@ -15,6 +15,7 @@ numbers = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3
 words = st.lists(st.sampled_from("abc"), max_size=12)
 
 
+@pytest.mark.filterwarnings("ignore:A single label")
 @given(classes)
 @settings(deadline=None, max_examples=60)
 def test_class_scores_equal_scikit_learn(pairs):

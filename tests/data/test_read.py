@@ -48,6 +48,16 @@ def test_objects_give_the_same_rows(folder):
     assert list(read_rows(folder / "bom.jsonl")) == ROWS[:1]
 
 
+def test_a_frame_gives_null_and_lists_as_a_file_does(tmp_path):
+    import pandas
+
+    rows = [{"instruction": "a", "input": None, "tags": ["x", "y"]}, {"instruction": "b", "input": "c", "tags": ["z"]}]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    assert (
+        list(read_rows(pandas.read_parquet(tmp_path / "a.parquet"))) == list(read_rows(tmp_path / "a.parquet")) == rows
+    )
+
+
 def test_rows_know_their_place(folder):
     assert read_rows(folder / "a.jsonl").where(1).endswith("a.jsonl, line 3")  # a blank line between any two
     assert read_rows(folder / "a.csv").where(2).endswith("a.csv, line 4")

@@ -8,11 +8,14 @@ every machine and under every version of every library: a resumed run sees what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from veneer.errors import UserError
+
+if TYPE_CHECKING:
+    from veneer.data.dataset import Dataset
 
 WINDOW = 50  # batches to a window; more pads less and mixes less
 
@@ -51,7 +54,7 @@ class Batches(Sequence[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray | Dataset,
         batch_size: int,
         *,
         seed: int = 0,

@@ -10,7 +10,7 @@ more with a word in its place. Where neither is certain the row is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.data.encode import Draft
@@ -19,7 +19,7 @@ from veneer.errors import UserError
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 STANDIN = "Qz7standin7Zq"  # survives trimming and stands in no template
 
-Message = Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
 
@@ -45,7 +45,7 @@ class ChatTemplate:
         written = self._attempt([*question, {"role": "assistant", "content": STANDIN}], None) or ""
         self.closing = self._through_special(written.partition(STANDIN)[2])
 
-    def draft(self, messages: list[Message], tools: list | None, where: str) -> Draft:
+    def draft(self, messages: Messages, tools: list | None, where: str) -> Draft:
         """The conversation as pieces, those of the assistant training, end tokens included."""
         if GENERATION.search(self.tokenizer.get_chat_template(self.jinja, tools)):
             text, spans = self._marked(messages, tools, where)
@@ -61,21 +61,22 @@ class ChatTemplate:
             done = end
         return Draft([*pieces, (text[done:], False)], framed=False)
 
-    def _marked(self, messages: list[Message], tools: list | None, where: str) -> tuple[str, list[Span]]:
+    def _marked(self, messages: Messages, tools: list | None, where: str) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(self.jinja, tools)
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [plain], tools=tools, chat_template=template, return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )  # fmt: skip
         except Exception as error:
             raise UserError(f"{where}: the chat template refuses this row ({error})") from error
-        return texts[0], [(start, self._closed(texts[0], end)) for start, end in spans[0] if start < end]
+        (text,), (spans,) = rendered
+        return text, [(start, self._closed(text, end)) for start, end in spans if start < end]
 
-    def _span(self, messages: list[Message], tools: list | None, k: int, text: str, where: str) -> Span:
+    def _span(self, messages: Messages, tools: list | None, k: int, text: str, where: str) -> Span:
         before = self._attempt(messages[:k], tools, prompt=True)
         after = text if k == len(messages) - 1 else self._attempt(messages[: k + 1], tools)
         start = len(before) if before and text.startswith(before) else None
@@ -92,7 +93,7 @@ class ChatTemplate:
         closing = text.rfind(self.closing, start, end) if self.closing else -1
         return start, closing + len(self.closing) if closing >= 0 else end
 
-    def _content(self, messages: list[Message], tools: list | None, k: int, text: str) -> Span | None:
+    def _content(self, messages: Messages, tools: list | None, k: int, text: str) -> Span | None:
         """Where the content of message k stands in the whole text, if that is certain."""
         if not isinstance(messages[k].get("content"), str):
             return None
@@ -108,7 +109,7 @@ class ChatTemplate:
         at = text.find(self.closing, end)
         return at + len(self.closing) if at >= 0 and not text[end:at].strip() else end
 
-    def _render(self, messages: list[Message], tools: list | None, prompt: bool = False, where: str = "") -> str:
+    def _render(self, messages: Messages, tools: list | None, prompt: bool = False, where: str = "") -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self.jinja, add_generation_prompt=prompt, tokenize=False
@@ -116,7 +117,7 @@ class ChatTemplate:
         except Exception as error:  # whatever a template's own code raises
             raise UserError(f"{where}: the chat template refuses this row ({error})") from error
 
-    def _attempt(self, messages: list[Message], tools: list | None, prompt: bool = False) -> str | None:
+    def _attempt(self, messages: Messages, tools: list | None, prompt: bool = False) -> str | None:
         """A part of a conversation, or None where the template wants whole ones."""
         try:
             return self._render(messages, tools, prompt)

@@ -120,10 +120,14 @@ class Dataset(Sequence[dict[str, Any]]):
 
     def subset(self, indices: Sequence[int], dropped: Sequence[Dropped] = ()) -> Dataset:
         """The dataset of these examples alone."""
-        picked = {
-            name: [getattr(self, name)[index] for index in indices] for name in ("items", "rows", "places", "truncated")
-        }
-        return replace(self, **picked, dropped=list(dropped))
+        return replace(
+            self,
+            items=[self.items[index] for index in indices],
+            rows=[self.rows[index] for index in indices],
+            places=[self.places[index] for index in indices],
+            truncated=[self.truncated[index] for index in indices],
+            dropped=list(dropped),
+        )
 
     def check_vocabulary(self, size: int) -> None:
         """Raises when a token id, or the padding id, has no row in an embedding of ``size`` rows."""

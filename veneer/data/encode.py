@@ -69,6 +69,8 @@ class Encoder:
             labels = [IGNORED] * len(ids)
             for position, (_, trains) in enumerate(row):
                 part = next(later if position else first)
+                if not position and ids and part[: len(ids)] == ids:  # the text brings its own BOS
+                    part = part[len(ids) :]
                 ids += part
                 labels += part if trains else [IGNORED] * len(part)
             if draft.framed and (not ids or ids[-1] != self.end):

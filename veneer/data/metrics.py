@@ -50,7 +50,7 @@ def pearson(references: Sequence[float], predictions: Sequence[float]) -> float:
 def spearman(references: Sequence[float], predictions: Sequence[float]) -> float:
     """Rank correlation in [-1, 1]; equal values share the mean of their ranks."""
     _paired(references, predictions)
-    return pearson(_ranks(references), _ranks(predictions))
+    return pearson(_ranks(references).tolist(), _ranks(predictions).tolist())
 
 
 def edit_distance(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:

@@ -120,7 +120,8 @@ def _from_text(path: Path, limit: int | None) -> Rows:
 
 
 def _from_lines(path: Path, limit: int | None) -> Rows:
-    rows, places = [], []
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
     for number, line in decoded_lines(path):
         if limit is not None and len(rows) == limit:
             break
@@ -174,7 +175,9 @@ def _parse_csv(path: Path, limit: int | None) -> Rows:
     first = next(line for _, line in decoded_lines(path))
     separator = next((mark for mark in ",\t;" if mark in first), ",")
     reader = csv.reader((line for _, line in decoded_lines(path)), delimiter=separator, strict=True)
-    rows, places, header, start = [], [], None, 1
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    header, start = None, 1
     try:
         for fields in reader:
             start, line = reader.line_num + 1, start
@@ -252,7 +255,7 @@ def _from_object(source: Any, limit: int | None) -> Rows:
     if isinstance(source, Rows):
         return source if limit is None else _head(source, limit)
     if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # pandas.DataFrame
-        return Rows(source.iloc[:limit].to_dict("records"))
+        return _from_frame(source.iloc[:limit])
     if isinstance(source, Mapping):
         parts = some(source)
         raise UserError(f"the data is a {type(source).__name__} with {parts}; expected one list of rows; give one part")
@@ -264,6 +267,12 @@ def _from_object(source: Any, limit: int | None) -> Rows:
         if getattr(feature, "names", None):
             rows.label_names[column] = list(feature.names)
     return rows
+
+
+def _from_frame(frame: Any) -> Rows:
+    """Rows of a pandas frame, with null for its missing values and lists for the arrays that Parquet lists become."""
+    cells = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return Rows({k: list(v) if getattr(v, "ndim", 0) == 1 else v for k, v in row.items()} for row in cells)
 
 
 def _head(rows: Rows, limit: int) -> Rows:

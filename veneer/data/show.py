@@ -56,12 +56,13 @@ def summary(dataset: Dataset) -> dict[str, Any]:
     ``lengths`` is a histogram ``[(at most so many tokens, examples)]`` in powers of two; ``dropped`` names every row
     that was left out; ``labels`` counts classes, where there are any.
     """
-    classes = dataset.label_names and dict.fromkeys(dataset.label_names, 0)
-    if classes:
+    names = dataset.label_names
+    classes = dict.fromkeys(names, 0) if names else None
+    if names and classes:
         for item in dataset.items:
             for label in item["labels"] if isinstance(item["labels"], list) else [item["labels"]]:
                 if label != IGNORED:
-                    classes[dataset.label_names[label]] += 1
+                    classes[names[label]] += 1
     return {
         "name": dataset.name,
         "task": dataset.task,

@@ -261,5 +261,6 @@ def _number(value: Any) -> float | None:
 
 
 def _fractions(rows: Rows) -> bool:
-    numbers = [_number(row.get("label")) for row in rows]
-    return all(number is not None for number in numbers) and any(number % 1 != 0 for number in numbers)
+    """Whether the labels are numbers and not all whole."""
+    numbers = [number for row in rows if (number := _number(row.get("label"))) is not None]
+    return len(numbers) == len(rows) and any(number % 1 != 0 for number in numbers)
