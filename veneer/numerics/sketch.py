@@ -15,7 +15,7 @@ class GradientSketch:
     Holds Y = GΩ: (out, k) and W = ΨG: (l, in) with Gaussian Ω: (in, k), Ψ: (l, out), k = 2·rank + 1, l = 2k + 1; both
     are sums over the batches, G is never formed. With Q = orth(Y) it is G ≈ Q·(ΨQ)⁺W, whose SVD is that of a small
     matrix. Expected error at these sizes: ‖G − Ĝ‖_F² ≤ 4·Σ_{i>rank} σᵢ² before truncation; a G of rank ≤ k comes out
-    exactly. Where the four matrices would take more than half the memory of G, G itself is summed and the result is exact.
+    exactly. Where the four matrices would take more than half of G's memory, G itself is summed: the result is exact.
 
     Args:
         out, inputs: the shape of G.
@@ -55,7 +55,7 @@ class GradientSketch:
         self.corange.addmm_(self.psi @ g.mT, x)
 
     def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading triplets of G: U (out, r), S (r,), Vh (r, in) with r = ``rank``, at most (and by default) the sketch's."""
+        """Leading triplets of G: U (out, r), S (r,), Vh (r, in); r = ``rank``, by default and at most the sketch's."""
         rank = self.rank if rank is None else rank
         if not 1 <= rank <= self.rank:
             raise UserError(f"this gradient sketch holds 1 to {self.rank} singular triplets, not {rank}")
