@@ -116,6 +116,24 @@ class Site:
         y = F.linear(h, B)
         return y.movedim(-1, -1 - _dims(self.module)) if self.kind == "conv" else y
 
+    def input_rows(self, x: Tensor) -> Tensor:
+        """The layer's input as rows (positions, in): the weight's gradient is ``output_rows(g)ᵀ · input_rows(x)``."""
+        if self.kind == "embedding":
+            return F.one_hot(x.reshape(-1), self.in_features).float()
+        if self.kind == "conv":
+            m = self.module
+            flat = (m.kernel_size, m.dilation, m.padding, m.stride)
+            if _dims(m) == 1:
+                x, flat = x[:, :, None], tuple((f, *v) for f, v in zip((1, 1, 0, 1), flat))
+            return F.unfold(x.float(), *flat).transpose(1, 2).reshape(-1, self.in_features * m.groups)
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """The layer's output, or its gradient, as rows (positions, out)."""
+        y = y.flatten(2).transpose(1, 2) if self.kind == "conv" else y
+        y = y.reshape(-1, y.shape[-1])
+        return y if self.rows is None else y[:, self.rows]
+
     def factored(self) -> bool:
         """Whether project and lift apply here (not at a grouped convolution)."""
         return not (self.kind == "conv" and self.module.groups > 1)
