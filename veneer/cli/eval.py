@@ -32,14 +32,19 @@ def command(
     from veneer.cli.loading import model_and_examples
     from veneer.data import read_rows
     from veneer.report import tables
-    from veneer.report.scores import scores
+    from veneer.train.evaluate import scores
+    from veneer.train.feed import RowFeed
+    from veneer.train.processes import Processes
+    from veneer.train.tasks import Task
 
     rows = read_rows(data, limit)
     base, dataset = model_and_examples(model, rows, task=task, template=template, max_length=max_length)
-    columns = {"base": scores(base, dataset, batch_size)}
+    what = Task(dataset.task)
+    feed = RowFeed(dataset, what, batch_size, shuffle=False)
+    columns = {"base": scores(base, feed, what, Processes(), base.dtype)}
     if adapter is not None:
         veneer.load(base, adapter)
-        columns["with adapter"] = scores(base, dataset, batch_size)
+        columns["with adapter"] = scores(base, feed, what, Processes(), base.dtype)
     console = Console(highlight=False)
     console.print(f"{len(dataset):,} rows of {dataset.name}, task {dataset.task}")
     console.print(tables.scores_table(columns))

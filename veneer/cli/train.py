@@ -67,7 +67,7 @@ def command(
     console = Console(highlight=False)
 
     import veneer
-    from veneer.report import plots, progress, tables
+    from veneer.report import progress, tables
 
     base, train = model_and_examples(
         model, rows, task=chosen.task, template=chosen.template, max_length=chosen.max_length
@@ -83,10 +83,19 @@ def command(
     )
     console.print(tables.sites_table(adapter))
     console.print(f"trains {tables.share_line(adapter)}")
-    veneer.fit(adapter, train, out=str(folder), eval_data=held, resume=resume, display=progress.display(), **settings)
+    veneer.fit(
+        adapter,
+        train,
+        out=folder,
+        eval_data=held,
+        resume=resume,
+        tokenizer=train.processor,
+        display=progress.display(),
+        **settings,
+    )
     for name, path in (
         ("adapter", folder / "adapter"),
-        ("curves", plots.curves(folder)),
+        ("curves", folder / "curves.png"),
         ("record", folder / "run.json"),
     ):
         console.print(f"{name}: {path}", soft_wrap=True)

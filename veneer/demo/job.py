@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from veneer.demo.decode import answers
 from veneer.demo.score import Score, score
 from veneer.demo.words import Word, split
 from veneer.errors import UserError
@@ -86,6 +85,7 @@ def run(out: str | None = None, *, quick: bool = False, seed: int = 0, minutes: 
         lr=size.lr,
         warmup=0.05,
         seed=seed,
+        tokenizer=tokenizer,
         display=display(),
     )
     trained = time.monotonic() - started
@@ -117,9 +117,11 @@ def _scored(
     model: Any, tokenizer: Any, held: Sequence[Word], console: Console, when: str
 ) -> tuple[list[tuple[str, ...]], float]:
     """What the model answers for each held-out word, as phonemes, and the seconds it took; prints the score."""
+    from veneer.train.evaluate import generate
+
     started = time.monotonic()
     with console.status(f"scoring {len(held)} held-out words {when}"):
-        texts = answers(model, tokenizer, [w.prompt for w in held], LONGEST_ANSWER)
+        texts = generate(model, tokenizer, [w.prompt for w in held], LONGEST_ANSWER, batch_size=100)
     predicted = [_phonemes(text) for text in texts]
     console.print(f"{when}: {_words_of(_score(predicted, held))}, on {len(held)} held-out words")
     return predicted, time.monotonic() - started
