@@ -132,7 +132,13 @@ def convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    build_tokenizer(path, facts, config.max_position_embeddings).save_pretrained(folder)
+    try:
+        tokenizer = build_tokenizer(path, facts, config.max_position_embeddings)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UserError(f"{path}: its tokenizer cannot be built ({error!r}); fetch or convert it again") from None
+    tokenizer.save_pretrained(folder)
 
 
 def _check_shapes(path: Path, tensors: dict[str, object], model: torch.nn.Module) -> None:
