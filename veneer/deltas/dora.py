@@ -41,7 +41,7 @@ class DoRA(Delta):
     acts on the dropped input too, as in PEFT: y = xWᵀ + b + (m/n − 1)∘x̃Wᵀ + (m/n)∘s·x̃AᵀBᵀ with x̃ = drop(x), at the
     price of a second base product.
 
-    W is whatever lies beneath: other adapters and the offset of an init are part of it. The norms are taken in fp32 from
+    W is whatever lies beneath, with other adapters and the offset of an init in it. The norms are taken in fp32 from
     Gram matrices, so V is not formed; PEFT forms it, in the compute type. Rows of zeros stay zeros and do not become
     NaN. At an embedding the rows are those of the dense view, one for each dimension, as in PEFT.
     """
