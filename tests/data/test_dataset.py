@@ -102,6 +102,8 @@ def test_labels_are_shown_beside_their_texts(words, pairs):
     assert render_rows(prepare(rows, words), words, 1)[0].plain == "data[0]  a b → x"
     rows = [{"text": "a b", "label": 0.5}]
     assert render_rows(prepare(rows, words), words)[0].plain == "data[0]  a b → 0.5"
+    (text,) = render_rows(prepare(ROWS[:1], words, task="seq2seq"), words)
+    assert text.plain == "data[0]  a b → c <eos>"
     rows = [{"tokens": ["ab", "4", "4"], "tags": ["X", "O", "O"]}]
     (text,) = render_rows(prepare(rows, pairs), pairs)
     assert text.plain == "data[0]  a[X] b 4[O] 4[O] "

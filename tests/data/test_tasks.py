@@ -158,6 +158,29 @@ def test_a_transformers_processor_is_used_as_such(pictures):
     assert torch.equal(ours, vit(images=image, return_tensors="pt")["pixel_values"][0])
 
 
+def test_a_model_with_an_encoder_gets_prompt_and_answer_apart(spaced):
+    rows = [{"prompt": "aQ", "completion": "bc"}, {"prompt": "a", "completion": "abcd" * 3}]
+    made = prepare(rows, spaced, task="seq2seq", max_length=8)
+    assert spaced.convert_ids_to_tokens(made[0]["input_ids"]) == ["<s>", "▁a", "Q"]
+    assert spaced.convert_ids_to_tokens(made[0]["labels"]) == ["<s>", "▁b", "c", "<eos>"]
+    assert (made.lengths.tolist(), made.truncated) == ([7, 10], [False, True])
+    batch = made.batch([0, 1])
+    assert batch["input_ids"].shape == (2, 3)
+    assert batch["labels"].shape == (2, 8)
+    assert batch["labels"][0, 4:].tolist() == [-100] * 4
+    assert prepare(rows, spaced, task="seq2seq", template="Q{prompt}")[1]["input_ids"] == spaced("Qa")["input_ids"]
+    with pytest.raises(UserError, match="the columns are text; a model with an encoder needs prompt and completion"):
+        prepare([{"text": "a"}], spaced, task="seq2seq")
+    for template in ("chat", "{{ messages }}"):
+        with pytest.raises(UserError, match="a chat template was given, and a model with an encoder takes no"):
+            prepare(rows, spaced, task="seq2seq", template=template)
+
+
+def test_an_empty_prompt_gives_an_encoder_nothing(words):
+    rows = [{"prompt": "", "completion": "a"}, {"prompt": "a", "completion": "b"}]
+    assert prepare(rows, words, task="seq2seq").dropped[0].reason == "the prompt is empty"
+
+
 BAD = [
     ("one class", [{"text": "a", "label": "x"}] * 2, {}, 'every row has the label "x"; expected at least two'),
     (

@@ -35,7 +35,11 @@ class Collator:
         if "pixel_values" in examples[0]:
             batch["pixel_values"] = torch.stack([example["pixel_values"] for example in examples])
         labels = [example["labels"] for example in examples]
-        batch["labels"] = _padded(labels, width, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
+        if isinstance(labels[0], list):
+            width = -(-max(map(len, labels)) // self.multiple) * self.multiple
+            batch["labels"] = _padded(labels, width, IGNORED)
+        else:
+            batch["labels"] = torch.tensor(labels)
         return batch
 
 

@@ -75,8 +75,9 @@ class Dataset(Sequence[dict[str, Any]]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(len,) tokens of every example; 1 for an image."""
-        return np.array([len(item.get("input_ids", "1")) for item in self.items], dtype=np.int64)
+        """(len,) tokens of every example, with those of the answer where it stands apart; 1 for an image."""
+        keys = ("input_ids", "labels") if self.task == "seq2seq" else ("input_ids",)
+        return np.array([sum(len(item.get(key, "1")) for key in keys) for item in self.items], dtype=np.int64)
 
     @property
     def tokens(self) -> int:
@@ -133,7 +134,8 @@ class Dataset(Sequence[dict[str, Any]]):
         """Raises when a token id, or the padding id, has no row in an embedding of ``size`` rows."""
         if not self.items or "input_ids" not in self.items[0]:
             return
-        largest = [max(item["input_ids"]) for item in self.items]
+        keys = ("input_ids", "labels") if self.task == "seq2seq" else ("input_ids",)
+        largest = [max(max(item[key]) for key in keys) for item in self.items]
         worst = int(np.argmax(largest))
         if largest[worst] >= size:
             raise UserError(
@@ -183,7 +185,7 @@ def prepare(
     rows = renamed(read_rows(source, limit), columns)
     mapped = frozenset(columns or ())
     task = tasks.detect(rows, mapped) if task == "auto" else task
-    if template is not None and task != "causal":
+    if template is not None and task not in ("causal", "seq2seq"):
         raise UserError(f"a template was given and the task is {task}, which has no prompt; leave it out")
     made = tasks.builder(task)(rows, Settings(processor, most, template, label_names, mapped))
     if not made.items:

@@ -46,6 +46,11 @@ def kind_of_rows(names: Iterable[str], mapped: Iterable[str] = ()) -> str | None
     return min(found, key=lambda kind: mapped.isdisjoint(KINDS[kind]), default=None)
 
 
+def is_jinja(template: str | None) -> bool:
+    """Whether a template is a program that writes conversations."""
+    return template is not None and ("{%" in template or "{{" in template)
+
+
 def drafts(rows: Rows, kind: str, tokenizer: Any, template: str | None = None) -> list[Draft | str]:
     """Each row as a draft, or as the reason why it would train nothing.
 
@@ -56,7 +61,7 @@ def drafts(rows: Rows, kind: str, tokenizer: Any, template: str | None = None) -
             any column's name in braces, is the prompt; a Jinja text is a chat template to use instead of the
             tokenizer's. Chat rows always use a chat template.
     """
-    jinja = template if template and ("{%" in template or "{{" in template) else None
+    jinja = template if is_jinja(template) else None
     talks = kind in ("chat", "sharegpt")
     if kind == "text":
         if template is not None:

@@ -31,7 +31,7 @@ def _rendered(dataset: Dataset, index: int, tokenizer: Any) -> Text:
     text.append(f"{dataset.places[index]}  ", NOTE)
     if "image" in item:
         text.append(item["image"] if isinstance(item["image"], str) else "image", GIVEN)
-    elif isinstance(item["labels"], list):
+    elif isinstance(item["labels"], list) and dataset.task != "seq2seq":
         names = dataset.label_names if dataset.task == "token-classification" else None
         # Tokens of the same state are one run, but every tagged word is its own.
         states = [(label != IGNORED, k if names and label != IGNORED else -1) for k, label in enumerate(item["labels"])]
@@ -45,6 +45,8 @@ def _rendered(dataset: Dataset, index: int, tokenizer: Any) -> Text:
     if not isinstance(item["labels"], list):
         label = item["labels"]
         text.append(f" → {dataset.label_names[label] if dataset.label_names else label}", TRAINED)
+    elif dataset.task == "seq2seq":
+        text.append(f" → {tokenizer.decode(item['labels'], clean_up_tokenization_spaces=False)}", TRAINED)
     if dataset.truncated[index]:
         text.append(f" … cut at {dataset.max_length} tokens", NOTE)
     return text

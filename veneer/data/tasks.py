@@ -1,7 +1,8 @@
 """What a model is to learn from the rows: the task is seen from the columns, and every row becomes one example.
 
-An example is a dict of what the model takes: ``input_ids`` and ``labels`` for a language model, ``labels`` as a class
-number or a float for the others, ``image`` in place of ids where images are classified.
+An example is a dict of what the model takes: ``input_ids`` and ``labels`` for a language model (of one length, or where
+the model has an encoder each of its own), ``labels`` as a class number or a float for the others, ``image`` in place of
+ids where images are classified.
 """
 
 from __future__ import annotations
@@ -105,6 +106,36 @@ def causal(rows: Rows, settings: Settings) -> Examples:
     return examples
 
 
+def seq2seq(rows: Rows, settings: Settings) -> Examples:
+    """Encoder and decoder: the prompt as the tokenizer frames it, and the answer with its end token as labels."""
+    kind = formats.kind_of_rows(rows[0], settings.mapped)
+    if settings.template == "chat" or formats.is_jinja(settings.template):
+        raise UserError("a chat template was given, and a model with an encoder takes no conversations; leave it out")
+    if kind not in ("completion", "instruction"):
+        raise UserError(
+            f"{rows.where(0)}: the columns are {some(rows[0])}; a model with an encoder needs prompt and completion or "
+            "instruction and output"
+        )
+    drafts = formats.drafts(rows, kind, settings.processor, settings.template)
+    end, most, examples = Encoder(settings.processor).end, settings.max_length, Examples()
+    for row, draft in enumerate(drafts):
+        if isinstance(draft, str):
+            examples.dropped.append(Dropped(row, rows.where(row), draft))
+            continue
+        (prompt, _), (answer, _) = draft.pieces
+        ids = settings.processor(prompt, verbose=False)["input_ids"]
+        labels = settings.processor(text_target=answer, verbose=False)["input_ids"]
+        labels = labels if labels[-1:] == [end] else [*labels, end]
+        if not ids:
+            examples.dropped.append(Dropped(row, rows.where(row), "the prompt is empty"))
+            continue
+        cut = len(ids) > most or len(labels) > most
+        if len(ids) > most:
+            ids = settings.processor(prompt, truncation=True, max_length=most)["input_ids"]
+        examples.keep(row, {"input_ids": ids, "labels": labels[:most]}, cut)
+    return examples
+
+
 def classification(rows: Rows, settings: Settings) -> Examples:
     """A class for a text or a pair of texts."""
     examples, labels = _encoded_texts(rows, settings), [value_of(rows, k, "label") for k in range(len(rows))]
@@ -173,6 +204,7 @@ def image_classification(rows: Rows, settings: Settings) -> Examples:
 
 TASKS: dict[str, Callable[[Rows, Settings], Examples]] = {
     "causal": causal,
+    "seq2seq": seq2seq,
     "classification": classification,
     "regression": regression,
     "token-classification": token_classification,
