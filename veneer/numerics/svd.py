@@ -6,6 +6,8 @@ fp64 input), with one sign convention: the entry of largest magnitude in every r
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def randomized_svd(
     if block * (iterations + 1) >= m:
         return truncated_svd(M, rank, exact=True)
 
-    half = M.dtype == torch.bfloat16 and _multiplies_bf16_fast(M.device)
+    half = M.dtype == torch.bfloat16 and _multiplies_bf16_fast(M.device.type)
     M = M.detach() if half else _working(M)
 
     def times(matrix: Tensor, Q: Tensor) -> Tensor:
@@ -154,10 +156,12 @@ def _working(M: Tensor) -> Tensor:
     return M.detach() if M.dtype == torch.float64 else M.detach().float()
 
 
-def _multiplies_bf16_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
+@cache
+def _multiplies_bf16_fast(device_type: str) -> bool:
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    features = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def _inverse_cholesky(Y: Tensor) -> Tensor | None:
