@@ -1,0 +1,252 @@
+"""Reading PEFT directories: any method whose file brings a map of its tensors, on the base it was made for or an equal.
+
+What is in the directory is used or named in an error; nothing is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, base_fingerprint
+from veneer.core.fields import fields_of
+from veneer.core.site import Site, all_sites, site_at
+from veneer.errors import UserError, nearest
+from veneer.io.files import read_tensors, same
+from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
+from veneer.io.peft_start import starts
+from veneer.io.peft_tensors import Content, check_layer, ending, sort, to_dense
+from veneer.models import architecture
+from veneer.parts.restore import attach_from
+
+
+def read(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    initial: str | Path | None = None,
+    force: bool = False,
+) -> Adapter:
+    """Attach the adapter in a PEFT directory to ``model``.
+
+    Args:
+        model: the base; its weights are compared where the directory holds any.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: of the adapter on this model.
+        initial: the directory that PEFT saved before training, for starts that moved part of the base and cannot be
+            derived again (CorDA, LoRA-GA), or only roughly (``pissa_niter_N``).
+        force: load although base tensors in the directory differ from this model's.
+
+    Raises:
+        UserError: naming the file and the field, tensor or module that does not fit.
+    """
+    directory = Path(directory)
+    config = read_config(directory / CONFIG)
+    tensors = directory / TENSORS
+    content = sort(read_tensors(tensors), config.map.keys.values(), model, tensors)
+    _check_selection(config, content, model, tensors)
+    whole = {path: site_at(model, path) for path in content.sites}
+    for path, site in whole.items():
+        check_layer(site)
+        _check_complete(config, content.sites[path], site, tensors)
+    state = _whole_tensors(config, content, model, tensors, force)
+    trained = [key.removeprefix("train:") for key in state]
+    begun = starts(config, whole, model, None if initial is None else Path(initial))
+    parts = _parts(model, whole)
+    for path, site in whole.items():
+        state |= _site_state(config, content.sites[path], site, parts[path], begun.get(path), tensors)
+    description = _description(config, parts, trained, model)
+    return attach_from(model, description, state, name=name, force=True)
+
+
+def _check_selection(config: Config, content: Content, model: nn.Module, path: Path) -> None:
+    """What the config selects and what the file holds must be the same modules."""
+    selected = config.selected(model)
+    without = [p for p in selected if p not in content.sites]
+    beyond = [p for p in content.sites if p not in set(selected)]
+    if without and content.sites:
+        raise UserError(
+            f"{path} has no tensors for {_some(without)}, which target_modules in {config.path.name} selects: "
+            "the file is incomplete, or was made for another model"
+        )
+    if beyond:
+        raise UserError(
+            f"{path} has tensors for {_some(beyond)}, which target_modules in {config.path.name} does not select: "
+            "the two files do not belong together"
+        )
+    if not content.sites:
+        raise UserError(
+            f"{path} holds no factors of {config.method.name} for any module: the file is empty or incomplete"
+        )
+    targets = config.raw["target_modules"]
+    idle = [] if isinstance(targets, str) else [t for t in targets if not any(selects(p, [t], {}) for p in selected)]
+    if idle:
+        warnings.warn(f"{config.path}: target_modules names {_some(idle)}, which this model lacks", stacklevel=2)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_complete(config: Config, own: dict[str, Tensor], site: Site, path: Path) -> None:
+    missing = [name for name in config.map.keys.values() if name not in own]
+    if missing:
+        raise UserError(
+            f"{path} has no {ending(site, missing[0])} for {site.path}; the file is incomplete: save it again"
+        )
+
+
+def _whole_tensors(config: Config, content: Content, model: nn.Module, path: Path, force: bool) -> dict[str, Tensor]:
+    """The base tensors that the adapter brings trained, as ``train:`` entries of the state."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    saved = _saved_tensors(config, content, model, path)
+    bias = config.raw.get("bias") or "none"
+    out: dict[str, Tensor] = {}
+    for name, value in (content.base | content.under).items():
+        here = own[name]
+        if here.shape != value.shape:
+            raise UserError(_misfit(name, here, value, path, model))
+        if name in saved or (bias != "none" and name.endswith("bias")):
+            out[name] = value
+        elif not same(here.detach(), value):
+            if name not in content.under and _owner(model, name) in _ends(model):
+                out[name] = value
+            elif name not in content.under:
+                raise UserError(
+                    f"{path} holds {name}, which modules_to_save in {config.path.name} does not name and which differs "
+                    "from this model's; add its module there or take the tensor out"
+                )
+            elif not force:
+                raise UserError(
+                    f"{path} was made on another base: its copy of {name} differs from this model's; load it on that "
+                    "base, or with force=True if you are sure"
+                )
+    _check_ties(out, model, path)
+    for name, p in _new_head(model):
+        out.setdefault(name, p.detach())
+    return {f"train:{name}": value.to(torch.float32) for name, value in out.items() if name not in _repeats(out, model)}
+
+
+def _saved_tensors(config: Config, content: Content, model: nn.Module, path: Path) -> set[str]:
+    """The names of the parameters of ``modules_to_save``, each of which must be in the file."""
+    modules = [p for p, _ in architecture.named_modules(model)]
+    modules += [n.rpartition(".")[0] for group in architecture.tied(model) for n in group]
+    found = {p for p in modules if p and any(p.endswith(name) for name in config.saved)}
+    if config.saved and not found:
+        raise UserError(
+            f"{config.path}: modules_to_save names {_some(config.saved)}, none of which this {type(model).__name__} has"
+            f"{nearest(config.saved[0], [p.rpartition('.')[2] for p in modules])}"
+        )
+    names = {f"{p}.{n}" for p in found for n, _ in model.get_submodule(p).named_parameters(remove_duplicate=False)}
+    missing = sorted(n for n in names if n not in content.base and ".veneer." not in f".{n}")
+    if missing:
+        raise UserError(
+            f"{path} has no {missing[0]}, which modules_to_save in {config.path.name} promises; save it again"
+        )
+    return names
+
+
+def _misfit(name: str, here: Tensor, value: Tensor, path: Path, model: nn.Module) -> str:
+    shapes = f"{path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(here.shape)}"
+    if _owner(model, name) in _ends(model) and here.ndim == 2:
+        return f"{shapes}: the vocabulary differs; call model.resize_token_embeddings({value.shape[0]}) first"
+    return f"{shapes}; build the model with the same number of labels and sizes as the adapter's"
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _ends(model: nn.Module) -> list[nn.Module | None]:
+    return [architecture.embedding(model), architecture.head(model)]
+
+
+def _check_ties(out: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    """A tensor that two layers share must be trained at both ends, to the same values."""
+    for group in architecture.tied(model):
+        given = [n for n in group if n in out]
+        if given and (len(given) < len(group) or not all(torch.equal(out[n], out[given[0]]) for n in given)):
+            raise UserError(
+                f"{path} trains {given[0]} apart from {next(n for n in group if n != given[0])}, which share one "
+                "tensor in this model; call veneer.untie(model) before loading"
+            )
+
+
+def _repeats(out: dict[str, Tensor], model: nn.Module) -> set[str]:
+    return {n for group in architecture.tied(model) for n in [g for g in group if g in out][1:]}
+
+
+def _new_head(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a task head, which train with every adapter whether the file holds them or not."""
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    head = architecture.head(model)
+    if head is None or embeddings is not None or not hasattr(model, "config"):
+        return []
+    own = {id(p) for p in head.parameters()}
+    return [(n, p) for n, p in model.named_parameters() if id(p) in own and ".veneer." not in f".{n}"]
+
+
+def _parts(model: nn.Module, whole: dict[str, Site]) -> dict[str, list[Site]]:
+    """The sites that stand for each module: itself, or the row ranges of a fused projection."""
+    parts: dict[str, list[Site]] = {path: [] for path in whole}
+    for site in all_sites(model):
+        if site.module_path in parts:
+            parts[site.module_path].append(site)
+    bare = next((path for path, sites in parts.items() if not sites), None)
+    if bare is not None:
+        raise UserError(f"{bare} is a {type(whole[bare].module).__name__}, which cannot be adapted here")
+    return parts
+
+
+def _site_state(
+    config: Config,
+    own: dict[str, Tensor],
+    site: Site,
+    parts: list[Site],
+    start: tuple[Tensor, Tensor] | None,
+    path: Path,
+) -> dict[str, Tensor]:
+    """The state of one module's sites: slots, scale, and what its start moved out of the base."""
+    rank = config.rank(site.path)
+    dense = {slot: to_dense(site, name, own[name], rank, path) for slot, name in config.map.keys.items()}
+    shared = {slot for slot, name in config.map.keys.items() if name == "lora_A"}
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        rows = slice(None) if part.rows is None else part.rows
+        state |= {f"{part.path}.{slot}": t if slot in shared else t[rows] for slot, t in dense.items()}
+        if "alpha" in config.map.fields:
+            state[f"{part.path}.scale"] = torch.tensor(config.scale(site.path), dtype=torch.float64)
+        if start is not None:
+            state[f"{part.path}.offset.A"], state[f"{part.path}.offset.B"] = start[0], start[1][rows]
+            state[f"{part.path}.offset.scale"] = torch.tensor(-config.scale(site.path), dtype=torch.float64)
+    return state
+
+
+def _description(config: Config, parts: dict[str, list[Site]], trained: list[str], model: nn.Module) -> dict[str, Any]:
+    """What our own file would say of this adapter."""
+    known = fields_of(config.method.cls)
+    given = {o: config.raw[t] for o, t in config.map.fields.items() if o in known and config.raw.get(t) is not None}
+    given |= {k: config.field(k) for k in given.keys() & {"rank", "alpha"}}
+    given = {k: v for k, v in given.items() if k != "alpha" or v > 0}
+    inner = ", ".join(f"{k}={v!r}" for k, v in sorted(given.items()))
+    own = {path: {k: config.field(k, path) for k in given.keys() & {"rank", "alpha"}} for path in parts}
+    own = {path: {k: v for k, v in f.items() if v != given[k] and v > 0} for path, f in own.items()}
+    fields = {site.path: own[path] for path, sites in parts.items() for site in sites if own[path]}
+    paths = [site.path for sites in parts.values() for site in sites]
+    return {
+        "recipe": f"{config.method.name}({inner})",
+        "seed": 0,
+        "select": paths,
+        "sites": paths,
+        "fields": fields,
+        "train": trained,
+        "phase": 0,
+        "base": base_fingerprint(model),
+    }

@@ -1,0 +1,234 @@
+"""The JSON half of a PEFT directory: which fields are understood, what they select, and the numbers of each module.
+
+PEFT matches ``target_modules`` (a list of names, each a whole path or the end of one after a dot; or one regular
+expression that must match all of a path; or ``"all-linear"``), leaves out ``exclude_modules`` and whatever lies in
+``modules_to_save``, and keeps the blocks of ``layers_to_transform``. Rank and alpha of a module come from the first
+key of ``rank_pattern`` and ``alpha_pattern`` that matches ``(.*\\.)?(KEY)$``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer.core import registry
+from veneer.core.registry import Method, PeftMap
+from veneer.core.site import type_named
+from veneer.errors import UserError, nearest
+from veneer.io.files import read_json, typed
+from veneer.models import architecture
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Fields that say how an adapter was made or is to be trained, and change nothing about what it computes.
+BOOKKEEPING = frozenset(
+    ("peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping")
+    + ("runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core")
+    + ("qalora_group_size", "fan_in_fan_out")
+)
+UNDERSTOOD = frozenset(
+    ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+    + ("modules_to_save", "bias", "use_rslora", "init_lora_weights", "ensure_weight_tying")
+)
+# Starts that leave the base alone, those that PEFT derives from the base again, and those that it cannot.
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+DERIVED_STARTS = ("pissa", "olora")
+LOST_STARTS = ("corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked ``adapter_config.json`` and the method that reads its tensors."""
+
+    path: Path
+    raw: dict[str, Any]
+    method: Method
+
+    @property
+    def map(self) -> PeftMap:
+        """The method's own interchange map."""
+        return self.method.cls.peft
+
+    @property
+    def start(self) -> str:
+        """``init_lora_weights`` in lower case; ``true`` when absent."""
+        return str(self.raw.get("init_lora_weights", True)).lower()
+
+    @property
+    def saved(self) -> list[str]:
+        """The names in ``modules_to_save``."""
+        return list(self.raw.get("modules_to_save") or [])
+
+    def rank(self, path: str | None = None) -> int:
+        """The rank of the module at ``path``; the default one without."""
+        return self._number("rank", "rank_pattern", path)
+
+    def scale(self, path: str | None = None) -> float:
+        """alpha / r of the module at ``path``, alpha / √r with rsLoRA."""
+        r = self.rank(path)
+        return self._number("alpha", "alpha_pattern", path) / (math.sqrt(r) if self.raw.get("use_rslora") else r)
+
+    def field(self, name: str, path: str | None = None) -> int | float:
+        """Our method's ``rank`` or ``alpha`` for a module: the alpha that gives it its scale."""
+        if name == "rank":
+            return self.rank(path)
+        root = "use_rslora" in self.map.config
+        return self._number("alpha", "alpha_pattern", path) if root else self.scale(path) * self.rank(path)
+
+    def _number(self, field: str, pattern: str, path: str | None) -> Any:
+        patterns = self.raw.get(pattern) or {}
+        key = None if path is None else first_match(patterns, path)
+        return self.raw[self.map.fields[field]] if key is None else patterns[key]
+
+    def selected(self, model: nn.Module) -> list[str]:
+        """The paths of the modules that the config adapts, in the model's order."""
+        targets = self.raw["target_modules"]
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            targets = _all_linear(model, self.raw.get("task_type"))
+        paths = [path for path, _ in architecture.named_modules(model) if path]
+        return [p for p in paths if selects(p, targets, self.raw)]
+
+
+def read_config(path: Path) -> Config:
+    """Read and check ``adapter_config.json``; raises UserError naming a field that is mistyped or not supported."""
+    raw = read_json(path)
+    kind = typed(raw, "peft_type", (str,), path)
+    method = _method(raw, kind, path)
+    fields = method.cls.peft.fields
+    typed(raw, "target_modules", (list, str), path)
+    for field, kinds in (
+        ("exclude_modules", (list, str)),
+        ("modules_to_save", (list,)),
+        ("layers_to_transform", (list, int)),
+        ("layers_pattern", (list, str)),
+        ("rank_pattern", (dict,)),
+        ("alpha_pattern", (dict,)),
+        ("use_rslora", (bool,)),
+        ("use_dora", (bool,)),
+        ("lora_bias", (bool,)),
+        ("bias", (str,)),
+        ("init_lora_weights", (bool, str)),
+        (fields.get("dropout", "lora_dropout"), (float,)),
+    ):
+        typed(raw, field, kinds, path, None)
+    if "rank" in fields:
+        _positive(raw, fields["rank"], (int,), path)
+        for key in raw.get("rank_pattern") or {}:
+            _positive(raw["rank_pattern"], key, (int,), path)
+    if "alpha" in fields:
+        typed(raw, fields["alpha"], (float,), path)
+        for key in raw.get("alpha_pattern") or {}:
+            typed(raw["alpha_pattern"], key, (float,), path)
+    _regular(raw, path)
+    _refuse_unsupported(raw, method, path)
+    return Config(path, raw, method)
+
+
+def _positive(content: Mapping[str, Any], field: str, kinds: tuple[type, ...], path: Path) -> None:
+    if typed(content, field, kinds, path) <= 0:
+        raise UserError(f"{path}: {field} is {content[field]}; a number above 0 was expected")
+
+
+def _regular(raw: Mapping[str, Any], path: Path) -> None:
+    """Check that whatever is used as a regular expression is one."""
+    expressions = [*(raw.get("rank_pattern") or {}), *(raw.get("alpha_pattern") or {})]
+    expressions += [raw[f] for f in ("target_modules", "exclude_modules") if isinstance(raw.get(f), str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise UserError(f"{path}: {expression!r} is not a regular expression: {error}") from None
+
+
+def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
+    """The registered method whose map reads this config: the one that explains the most of its constants."""
+    mapped = [m for m in registry.methods() if getattr(m.cls, "peft", None) is not None]
+    fitting = [
+        m
+        for m in mapped
+        if m.cls.peft.type == kind.upper() and all(raw.get(k) == v for k, v in m.cls.peft.config.items())
+    ]
+    if not fitting:
+        types = sorted({m.cls.peft.type for m in mapped})
+        raise UserError(
+            f"{path}: peft_type {kind!r} cannot be read{nearest(kind, types)}; supported: {', '.join(types)}"
+        )
+    # rsLoRA is a scale, which is read for every method, so any other constant says more about the form than it does.
+    return max(fitting, key=lambda m: (len(m.cls.peft.config.keys() - {"use_rslora"}), len(m.cls.peft.config)))
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> None:
+    mapped = method.cls.peft
+    known = BOOKKEEPING | UNDERSTOOD | set(mapped.fields.values()) | mapped.config.keys()
+    for field, value in raw.items():
+        if field not in known and value not in (None, False, [], {}, ""):
+            forms = sorted({m.name for m in registry.methods() if getattr(m.cls, "peft", None) is not None})
+            raise UserError(
+                f"{path}: {field}={value!r} is not supported with peft_type {mapped.type}; what is read: "
+                f"{', '.join(forms)}, with the fields {', '.join(sorted(UNDERSTOOD | set(mapped.fields.values())))}"
+            )
+    bias = raw.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise UserError(f"{path}: bias is {bias!r}; 'none', 'all' or 'lora_only' was expected")
+    start = str(raw.get("init_lora_weights", True)).lower()
+    derived = start in DERIVED_STARTS or re.fullmatch(r"pissa_niter_\d+", start)
+    if not derived and start not in (*PLAIN_STARTS, *LOST_STARTS, "none"):
+        known = [*PLAIN_STARTS, *DERIVED_STARTS, "pissa_niter_N", *LOST_STARTS]
+        raise UserError(f"{path}: init_lora_weights is {start!r}; supported: {', '.join(known)}{nearest(start, known)}")
+
+
+def first_match(patterns: Iterable[str], path: str) -> str | None:
+    """The first key of a rank or alpha pattern that matches the end of ``path`` after a dot, or all of it."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def selects(path: str, targets: str | Iterable[str], raw: Mapping[str, Any]) -> bool:
+    """Whether PEFT adapts the module at ``path`` under these targets and the other selecting fields of ``raw``."""
+    excluded = raw.get("exclude_modules") or []
+    if re.fullmatch(excluded, path) if isinstance(excluded, str) else _named(path, excluded):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in raw.get("modules_to_save") or []):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    if path in targets:
+        return True
+    return _named(path, targets) and _in_layers(path, raw.get("layers_to_transform"), raw.get("layers_pattern"))
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _in_layers(path: str, layers: int | list[int] | None, patterns: str | list[str] | None) -> bool:
+    if layers is None or layers == []:
+        return True
+    if patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path) for p in patterns)
+        match = next((m for m in found if m), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return match is not None and int(match.group(1)) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _all_linear(model: nn.Module, task: str | None) -> set[str]:
+    """What ``"all-linear"`` stands for: every linear layer but the output head."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    head = embeddings() if callable(embeddings) else None
+    if head is None and task == "SEQ_CLS":
+        head = getattr(model, "score", getattr(model, "classifier", None))
+    linear = ((p, m) for p, m in architecture.named_modules(model) if _is_linear(m))
+    return {p for p, m in linear if m is not head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type_named(module, "Conv1D")
