@@ -1,0 +1,275 @@
+"""What one run does: its losses against a hand-written loop, its normalisation, its hooks, its ends."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import collated, encoded, llama
+
+import veneer
+from veneer.core.hook import Schedule
+from veneer.train.loop import fit
+
+
+def by_hand(model, adapter, batches, accumulate, steps, lr, clip):
+    """The same run in plain torch: cross entropy summed over the labels of the accumulated batch over their number."""
+    params = adapter.parameters()
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    schedule, losses = Schedule(steps, lr, round(0.03 * steps), "linear"), []
+    model.train()
+    for step in range(steps):
+        group = batches[step * accumulate : (step + 1) * accumulate]
+        count = sum((b["labels"][:, 1:] != -100).sum() for b in group)
+        total = 0.0
+        for b in group:
+            logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(params, clip)
+        for g in optimizer.param_groups:
+            g["lr"] = lr * schedule.factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def test_losses_are_those_of_a_plain_loop_normalised_over_tokens():
+    batches = collated(encoded(48), 4)
+    model = llama()
+    adapter = veneer.attach(model, "lora", rank=4)
+    run = fit(adapter, batches, accumulate=3, lr=1e-2, clip=0.5, precision="fp32", display=False)
+    model = llama()
+    wanted = by_hand(model, veneer.attach(model, "lora", rank=4), batches, 3, 4, 1e-2, 0.5)
+    assert run.losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_accumulation_equals_one_large_batch():
+    rows = encoded(48)
+    large = fit(veneer.attach(llama(), "lora", rank=4), collated(rows, 8), lr=1e-2, precision="fp32", display=False)
+    small = fit(
+        veneer.attach(llama(), "lora", rank=4),
+        collated(rows, 2),
+        accumulate=4,
+        lr=1e-2,
+        precision="fp32",
+        display=False,
+    )
+    assert small.losses == pytest.approx(large.losses, rel=1e-5)
+
+
+def test_the_same_call_gives_the_same_adapter_bit_for_bit(rows, quick):
+    def trained():
+        adapter = veneer.attach(llama(attention_dropout=0.1), "lora", rank=4, dropout=0.1)
+        fit(adapter, rows, **quick)
+        return adapter.vector()
+
+    assert torch.equal(trained(), trained())
+
+
+def test_the_global_generators_and_the_model_are_left_as_they_were(adapter, rows, quick):
+    torch.manual_seed(5)
+    before, modes = torch.get_rng_state(), [m.training for m in adapter.model.modules()]
+    fit(adapter, rows, **quick)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [m.training for m in adapter.model.modules()] == modes
+
+
+def test_hooks_are_called_in_the_order_of_the_contract(adapter, rows, quick):
+    from veneer.core.hook import Hook
+
+    seen = []
+
+    class Spy(Hook):
+        name = "spy"
+
+        def on_start(self, adapter, schedule):
+            assert adapter.optimizer is not None
+            seen.append(("on_start", schedule.steps))
+
+        def before_step(self, step):
+            seen.append(("before_step", step))
+
+        def loss(self, outputs, batch, run):
+            assert outputs.logits.shape[:2] == batch["labels"].shape
+            seen.append("loss")
+
+        def after_backward(self, step):
+            assert all(p.grad is not None for p in self.adapter.parameters())
+            seen.append("after_backward")
+
+        def before_optimizer(self, step):
+            norm = torch.stack([p.grad.norm() for p in self.adapter.parameters()]).norm()
+            assert norm <= 1e-3 * (1 + 1e-4)
+            self.before = self.adapter.vector()
+            seen.append("before_optimizer")
+
+        def after_step(self, step):
+            assert not torch.equal(self.before, self.adapter.vector())
+            assert any(p.grad is not None for p in self.adapter.parameters())
+            seen.append("after_step")
+
+        def on_epoch(self, epoch):
+            seen.append(("on_epoch", epoch))
+
+        def on_phase_end(self, phase):
+            seen.append("on_phase_end")
+
+        def on_end(self):
+            seen.append("on_end")
+
+    spy = Spy()
+    spy.adapter = adapter
+    adapter.hooks.append(spy)
+    fit(adapter, rows[:8], accumulate=2, clip=1e-3, **quick | {"steps": 2, "batch_size": 4})
+    step = ["loss", "loss", "after_backward", "before_optimizer", "after_step"]
+    assert seen == [
+        ("on_start", 2),
+        ("before_step", 0),
+        *step,
+        ("on_epoch", 0),
+        ("before_step", 1),
+        *step,
+        ("on_epoch", 1),
+        "on_phase_end",
+        "on_end",
+    ]
+
+
+def test_micro_step_replaces_forward_and_backward_with_the_same_result(rows, quick):
+    from veneer.core.hook import Hook
+
+    class Twice(Hook):
+        name = "twice"
+
+        def micro_step(self, run, batch):
+            run.backward(0.5 * run.loss(batch))
+            loss = run.loss(batch)
+            run.backward(0.5 * loss)
+            return loss
+
+    plain = fit(veneer.attach(llama(), "lora", rank=4), rows, accumulate=2, **quick)
+    adapter = veneer.attach(llama(), "lora", rank=4)
+    adapter.hooks.append(Twice())
+    assert fit(adapter, rows, accumulate=2, **quick).losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_run_off_is_the_base_and_run_with_a_state_is_that_state(adapter, rows, quick):
+    from veneer.core.hook import Hook
+
+    batch = collated(rows, 4)[0]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        base = adapter.model.train()(**inputs).logits
+    start = {k: v.clone() for k, v in adapter.state().items()}
+    found = {}
+
+    class Look(Hook):
+        name = "look"
+
+        def after_step(self, step):
+            loop = self.run
+            found["on"], found["off"] = loop(batch).logits, loop(batch, adapter="off").logits
+            found["start"] = loop(batch, adapter=start).logits
+
+        def loss(self, outputs, batch, run):
+            self.run = run
+
+    adapter.hooks.append(Look())
+    fit(adapter, rows, **quick)
+    assert torch.equal(found["off"], base)
+    assert torch.equal(found["start"], base)
+    assert not torch.allclose(found["on"], base)
+
+
+def test_a_run_learns_and_its_folder_holds_what_it_should(tmp_path, adapter, rows, quick):
+    run = fit(adapter, rows, tmp_path / "run", eval_data=encoded(8, 2), **quick | {"steps": 30})
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"adapter", "run.json", "run.jsonl", "curves.png"} <= names
+    assert any(n.startswith("checkpoint-") for n in names)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["held_out"]["after"] < record["held_out"]["before"]
+    assert record["finished"] and record["steps"] == 30 and record["tokens_per_second"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == run.losses
+    assert run.adapter_path == tmp_path / "run" / "adapter"
+    again = veneer.load(llama(), run.adapter_path)
+    assert torch.equal(again.vector(), adapter.vector())
+
+
+def test_early_stopping_keeps_the_best_adapter(rows, quick):
+    adapter = veneer.attach(llama(), "lora", rank=4)
+    run = fit(
+        adapter, rows, eval_data=encoded(8, 2), eval_every=2, early_stopping=2, **quick | {"steps": 200, "lr": 0.5}
+    )
+    assert len(run.losses) < 200
+    assert run.record["stopped_early"]
+    measured = [loss for step, loss in run.held_out[1:]]
+    assert run.record["held_out"]["after"] == pytest.approx(min(measured), rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_losses(rows, quick):
+    plain = fit(veneer.attach(llama(), "lora", rank=4), rows, **quick)
+    adapter = veneer.attach(llama(), "lora", rank=4)
+    assert fit(adapter, rows, checkpointing=True, **quick).losses == pytest.approx(plain.losses, rel=1e-6)
+    assert not adapter.model.is_activation_checkpointing
+
+
+def test_any_model_trains_with_its_own_loss():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    x = torch.randn(64, 6)
+    batches = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8, shuffle=True
+    )
+    adapter = veneer.attach(net, "lora", rank=4, sites=["0", "2"])
+    run = fit(adapter, batches, loss=lambda model, b: F.mse_loss(model(b[0]), b[1]), epochs=10, lr=3e-2, display=False)
+    assert len(run.losses) == 80
+    assert sum(run.losses[-8:]) < 0.2 * sum(run.losses[:8])
+
+
+def test_an_auxiliary_loss_of_the_forward_pass_is_added(adapter, rows, quick):
+    from veneer.core.context import current
+
+    layer = adapter.model.model.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: current().add_loss("test", torch.tensor(2.0)))
+    plain = fit(veneer.attach(llama(), "lora", rank=4), rows, **quick)
+    run = fit(adapter, rows, **quick)
+    assert [a - b for a, b in zip(run.losses, plain.losses)] == pytest.approx([2.0] * 12, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"epoch": 2}, "no field 'epoch'; did you mean \"epochs\"?"),
+        ({"steps": 3, "epochs": 1}, "give one of them"),
+        ({"warmup": 500}, "longer than the run"),
+        ({"early_stopping": 2}, "give eval_data"),
+        ({"resume": True}, "without out"),
+        ({"log": "tensorboard"}, "give out"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_before_any_work(adapter, rows, given, said):
+    with pytest.raises(veneer.UserError, match=said.replace("?", r"\?")):
+        fit(adapter, rows, display=False, **given)
+
+
+def test_data_without_a_length_needs_steps(adapter):
+    endless = (b for b in collated(encoded(48), 4))
+    with pytest.raises(veneer.UserError, match="give steps="):
+        fit(adapter, endless, display=False, precision="fp32")
+
+
+def test_steps_beyond_one_epoch_go_on_with_the_next(adapter, rows, quick):
+    run = fit(adapter, rows[:8], **quick)
+    assert len(run.losses) == 12 and run.record["epochs"] == 6
+
+
+def test_the_rate_follows_the_schedule(tmp_path, adapter, rows, quick):
+    fit(adapter, rows, tmp_path / "run", schedule="cosine", warmup=4, **quick)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
+    wanted = [min((t + 1) / 5, 0.5 * (1 + math.cos(math.pi * (t - 4) / 8)) if t >= 4 else 2) * 1e-2 for t in range(12)]
+    assert [line["lr"] for line in lines] == pytest.approx(wanted)

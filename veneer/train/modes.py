@@ -1,0 +1,70 @@
+"""What is switched for the length of a run or an evaluation, and put back afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import nn
+
+from veneer.errors import UserError
+from veneer.train import checkpoint
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators at ``seed`` for the length of a run, then as they were."""
+    before = checkpoint.random_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        checkpoint.set_random_state(before)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Train mode, then back in the mode of every module."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Activations recomputed in backward for the length of a run."""
+    word = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5
+    if not hasattr(model, f"{word}_checkpointing_enable"):
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave checkpointing out")
+    if getattr(model, "is_activation_checkpointing" if word == "activation" else "is_gradient_checkpointing", False):
+        yield
+        return
+    getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without gradients, then back in the mode of every module."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

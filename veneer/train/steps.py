@@ -1,0 +1,331 @@
+"""The loop: micro-batches into optimiser steps, with every hook at its point."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.context import Context, current
+from veneer.core.hook import Hook, Schedule
+from veneer.errors import UserError
+from veneer.train import checkpoint, optimizer
+from veneer.train.feed import BatchFeed, Micro, RowFeed
+from veneer.train.finite import culprit
+from veneer.train.processes import Processes
+from veneer.train.settings import Settings
+from veneer.train.tasks import Task, forward, moved
+
+POINTS = ("before_step", "loss", "micro_step", "after_backward", "before_optimizer", "after_step", "on_epoch")
+
+
+@dataclass
+class Progress:
+    """Where a run is: all of it is in every checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0
+    index: int = 0  # micro-batches of this epoch done
+    tokens: int = 0  # useful tokens seen
+    seconds: float = 0.0  # in training, over all sittings
+    losses: list[float] = field(default_factory=list)
+    held_out: list[list[float]] = field(default_factory=list)  # [step, loss]
+    best: float | None = None
+    waited: int = 0  # evaluations since the best
+    stopped: bool = False  # by early stopping
+    idle: list[str] | None = None  # trained tensors that have had no gradient yet; None before the first step
+
+
+class Runner:
+    """``run`` as hooks get it: further forwards of the model on a batch, and the loop's own loss.
+
+    ``run(batch, adapter="on")`` gives the model's outputs with the adapter as it is; ``"off"`` without it and without
+    gradients; a state (as ``adapter.state()``, possibly in part) with those tensors and without gradients. Keywords go
+    to the model's forward. For ``micro_step``: ``run.loss(batch)`` is the whole loss of the micro-batch, a mean, and
+    ``run.backward(loss)`` adds its gradients with the weight the micro-batch has in the accumulated batch.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def __call__(self, batch: Any, adapter: str | dict[str, Tensor] = "on", **extra: Any) -> Any:
+        own = self._training.adapter
+        batch = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+        if isinstance(adapter, str) and adapter == "on":
+            return forward(own.model, batch, **extra)
+        other = own.disabled() if isinstance(adapter, str) else own.using(adapter)
+        with other, torch.no_grad():
+            return forward(own.model, batch, **extra)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Task loss, auxiliary losses of the forward pass and the recipe's objectives, 0-dim."""
+        return self._training.loss(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss."""
+        (loss * self._training.weight).backward()
+
+
+def overridden(hook: Hook, point: str) -> bool:
+    """Whether a hook acts at a point of the loop."""
+    own = getattr(type(hook), point, None)
+    return own is not None and own is not getattr(Hook, point, None)
+
+
+class Training:
+    """A run on its way. ``take_step`` makes one optimiser step; ``state`` and ``load`` carry it over a break."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        feed: RowFeed | BatchFeed,
+        task: Task,
+        settings: Settings,
+        processes: Processes,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.adapter, self.feed, self.task, self.settings, self.processes = adapter, feed, task, settings, processes
+        self.dtype = dtype
+        self.at = Progress()
+        self.runner = Runner(self)
+        self.weight = 1.0
+        self.schedule = Schedule(1)
+        self.phase_start = 0
+        self.rate = 0.0
+        self.norm = 0.0
+        self.epoch_random = checkpoint.random_state()
+        self._stream: Iterator[Micro] | None = None
+        self._passes: list[Context] | None = None
+        self.total = self._total()
+        self.ends = self._ends()
+
+    def _total(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        if self.feed.length is None:
+            raise UserError("the data has no length, so the run has no end: give steps=")
+        per_epoch = math.ceil(self.feed.length / self.settings.accumulate)
+        return math.ceil((self.settings.epochs or 1.0) * per_epoch)
+
+    def _ends(self) -> list[int]:
+        """The step at which each phase of the recipe ends, by the phases' shares."""
+        shares = [p.share for p in self.adapter.phases]
+        ends, done = [], 0.0
+        for share in shares:
+            done += share / sum(shares)
+            ends.append(round(done * self.total))
+        if any(b <= a for a, b in zip([0, *ends], ends)):
+            raise UserError(f"{self.total} steps are too few for the {len(ends)} phases of {self.adapter.recipe}")
+        return ends
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    def begin_phase(self, lr: float) -> None:
+        """Make the optimiser and the schedule of the adapter's current phase, and tell the hooks."""
+        phase = self.adapter.phase
+        self.phase_start = self.ends[phase - 1] if phase else 0
+        steps = self.ends[phase] - self.phase_start
+        kind, warmup = self.settings.shape(steps)
+        self.schedule = Schedule(steps, lr, warmup, kind)
+        self.adapter.optimizer = optimizer.build(self.adapter, lr, self.settings.weight_decay)
+        self.hooks = {point: [h for h in self.adapter.hooks if overridden(h, point)] for point in POINTS}
+        for hook in self.adapter.hooks:
+            hook.on_start(self.adapter, self.schedule)
+
+    @property
+    def phase_end(self) -> int:
+        """The step at which the current phase ends."""
+        return self.ends[self.adapter.phase]
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def take_step(self) -> float:
+        """One optimiser step; gives the loss, a mean over the units of the whole accumulated batch.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; weights and optimiser are then as before the step.
+        """
+        began = time.perf_counter()
+        adapter, opt, k = self.adapter, self.adapter.optimizer, self.at.step - self.phase_start
+        micros, ended = self._take()
+        units, tokens = self.processes.sum(sum(m.units for m in micros), sum(m.tokens for m in micros))
+        self.rate = optimizer.set_rates(adapter, opt, self.schedule, k)
+        random = torch.get_rng_state()
+        self._call("before_step", k)
+        loss = sum(self._micro(m, m.units / max(units, 1)) for m in micros)
+        params = optimizer.parameters(opt)
+        self.processes.average_gradients(params)
+        (loss,) = self.processes.sum(float(loss))
+        self._call("after_backward", k)
+        norm = optimizer.gradient_norm(params)
+        self.norm = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(self.norm)):
+            self._fail(loss, micros, random)
+        if self.settings.clip is not None:
+            optimizer.clip(params, self.norm, self.settings.clip)
+        self._call("before_optimizer", k)
+        self.rate = optimizer.set_rates(adapter, opt, self.schedule, k)
+        opt.step()
+        self._call("after_step", k)
+        self._note_gradients()
+        opt.zero_grad(set_to_none=True)
+        self.at.step += 1
+        self.at.tokens += int(tokens)
+        self.at.losses.append(loss)
+        if ended:
+            self._end_epoch()
+        self.at.seconds += time.perf_counter() - began
+        return loss
+
+    def _call(self, point: str, step: int) -> None:
+        for hook in self.hooks[point]:
+            getattr(hook, point)(step)
+
+    def _take(self) -> tuple[list[Micro], bool]:
+        """The micro-batches of the next step, all of one epoch, and whether that epoch ends with them."""
+        if self._stream is None:
+            self.epoch_random = checkpoint.random_state()
+            self._stream = self.feed.epoch(self.at.epoch)
+        micros: list[Micro] = []
+        for micro in self._stream:
+            micros.append(micro)
+            if len(micros) == self.settings.accumulate:
+                break
+        self.at.index += len(micros)
+        if micros:
+            done = self.at.index == self.feed.length
+            return micros, done
+        if self.at.index == 0:
+            raise UserError("the data gave no batch; at least one was expected")
+        self._end_epoch()  # the length was not known: the epoch had ended with the step before
+        return self._take()
+
+    def _end_epoch(self) -> None:
+        for hook in self.hooks["on_epoch"]:
+            hook.on_epoch(self.at.epoch)
+        self.at.epoch, self.at.index, self._stream = self.at.epoch + 1, 0, None
+
+    def _micro(self, micro: Micro, share: float) -> Tensor:
+        """Forward and backward of one micro-batch; gives its part of the step's loss.
+
+        Gradients are averaged over processes afterwards, hence the factor.
+        """
+        batch = moved(micro.batch, self.processes.device, self.dtype)
+        self.weight = share * self.processes.world
+        if self.hooks["micro_step"]:
+            loss = self.hooks["micro_step"][0].micro_step(self.runner, batch)
+        else:
+            loss = self.loss(batch)
+            self.runner.backward(loss)
+        return loss.detach() * share
+
+    def loss(self, batch: Any) -> Tensor:
+        """The whole loss of a micro-batch: the task's, the passes' auxiliary losses, the objectives'."""
+        model, outputs = self.adapter.model, None
+        with self._watching() as passes:
+            if self.hooks["loss"]:
+                loss, outputs = self.task.with_outputs(model, batch)
+            else:
+                loss = self.task.loss(model, batch)
+        for context in passes:
+            extra = context.total_loss()
+            loss = loss if extra is None else loss + extra
+        for hook in self.hooks["loss"]:
+            term = hook.loss(outputs, batch, self.runner)
+            loss = loss if term is None else loss + term
+        return loss
+
+    def _watching(self) -> _Passes:
+        return _Passes(self.adapter.model)
+
+    def _note_gradients(self) -> None:
+        """Keep the list of trained tensors that have had no gradient so far; short after the second step."""
+        named = dict(self.adapter.named_parameters())
+        left = list(named) if self.at.idle is None else [n for n in self.at.idle if n in named]
+        if not left:
+            self.at.idle = []
+            return
+        with_gradient = [n for n in left if named[n].grad is not None]
+        largest = torch._foreach_norm([optimizer.local(named[n].grad) for n in with_gradient], math.inf)
+        grown = {n for n, m in zip(with_gradient, torch.stack(largest).tolist() if largest else []) if m > 0}
+        self.at.idle = [n for n in left if n not in grown]
+
+    def _fail(self, loss: float, micros: list[Micro], random: Tensor) -> None:
+        """Say what was not finite, where it came from and in which rows; nothing has moved yet."""
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {self.norm}"
+        torch.set_rng_state(random)
+        batches = [moved(m.batch, self.processes.device, self.dtype) for m in micros]
+        where = culprit(self.adapter, batches, self.task.plainly)
+        rows = self.feed.where([r for m in micros for r in m.rows])
+        raise UserError(
+            f"step {self.at.step + 1}: {what}; {where}; the batch holds {rows}. "
+            f"Try a smaller lr, a warm-up, precision='fp32', or look at those rows"
+        )
+
+    # -- over a break --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on bit for bit, as a tree of tensors and plain data."""
+        return {
+            "progress": asdict(self.at),
+            "random": checkpoint.random_state(),
+            "epoch_random": self.epoch_random,
+            "adapter": self.adapter.state(),
+            "fields": self.adapter.description()["fields"],
+            "sites": list(self.adapter.deltas),
+            "training": self.adapter.training_state(),
+            "optimizer": optimizer.state_by_name(self.adapter, self.adapter.optimizer),
+        }
+
+    def load(self, state: dict[str, Any], lr: float) -> None:
+        """Go back to where ``state`` was taken: phase, plan, tensors, optimiser, hooks, data and chance."""
+        adapter = self.adapter
+        self.restore(state["fields"], state["sites"], state["training"]["phase"])
+        self.begin_phase(lr)
+        adapter.load_state(state["adapter"])
+        adapter.load_training_state(state["training"])
+        optimizer.load_state_by_name(adapter, adapter.optimizer, state["optimizer"])
+        self.at = Progress(**state["progress"])
+        checkpoint.set_random_state(state["epoch_random"])
+        self.epoch_random = state["epoch_random"]
+        self._stream = self.feed.epoch(self.at.epoch, self.at.index) if self.at.index else None
+        checkpoint.set_random_state(state["random"])
+
+    def restore(self, fields: dict[str, dict[str, Any]], sites: list[str], phase: int) -> None:
+        """Give every site the form it had: phases and rank methods may have changed fields or dropped sites."""
+        now = self.adapter.description()["fields"]
+        plan: dict[str, dict[str, Any] | None] = {}
+        for path in self.adapter.deltas:
+            if path not in sites:
+                plan[path] = None
+            elif now.get(path, {}) != fields.get(path, {}):
+                plan[path] = fields.get(path, {})
+        if plan:
+            self.adapter.rebuild(plan)
+        self.adapter.phase = phase
+        self.adapter.start_phase()
+
+
+class _Passes:
+    """While entered, the contexts of the model's forward passes, for their auxiliary losses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.contexts = model, []
+
+    def __enter__(self) -> list[Context]:
+        self.handle = self.model.register_forward_pre_hook(self._note)
+        return self.contexts
+
+    def _note(self, module: nn.Module, args: tuple) -> None:
+        context = current()
+        if context is not None and not any(c is context for c in self.contexts):
+            self.contexts.append(context)
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
