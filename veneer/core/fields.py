@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from veneer.errors import UserError, nearest
 
@@ -80,10 +81,11 @@ def fields_of(cls: type) -> dict[str, Field]:
     """The fields of a Fields class in order of definition, base classes first."""
     found: dict[str, Field] = {}
     for owner in reversed([c for c in cls.__mro__ if issubclass(c, Fields)]):
-        for name, hint in get_type_hints(owner, include_extras=True).items():
-            if name not in inspect.get_annotations(owner) or name.startswith("_"):
+        for name, hint in inspect.get_annotations(owner).items():
+            if name.startswith("_") or not hasattr(cls, name):
                 continue
-            if get_origin(hint) is ClassVar or not hasattr(cls, name):
+            hint = eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint
+            if get_origin(hint) is ClassVar or hint is ClassVar:
                 continue
             at = next((a for a in get_args(hint)[1:] if isinstance(a, At)), At()) if _annotated(hint) else At()
             found[name] = Field(name, get_args(hint)[0] if _annotated(hint) else hint, getattr(cls, name), at)
