@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -60,6 +60,11 @@ class Base:
             x, y = self.known
             return y if args[0] is x else self.site.run(args[0], self.site.weight(), self.site.bias())
         return self.runner(*args, **kwargs)
+
+    def without(self, names: Iterable[str]) -> Base:
+        """The same without the deltas of these adapters."""
+        kept = tuple(link for link in self.links if link.adapter_name not in set(names))
+        return Base(self.site, self.runner, kept, self.known)
 
     @property
     def fusable(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterator
@@ -74,6 +75,8 @@ class Root:
         trunk = architecture.trunk(self.model)
         known = inspect.signature(trunk.forward).parameters
         call = {k: v for k, v in kwargs.items() if k in known and k != "labels"}
+        if call.get("past_key_values") is not None:
+            call["past_key_values"] = _twin(call["past_key_values"])
         with self.switch.without(*self.switch.names):
             out = trunk(*args, **call)
         return out[0] if not isinstance(out, Tensor) else out
@@ -169,7 +172,7 @@ class Adapter:
     def pairs(self) -> Iterator[tuple[Site, nn.Parameter, nn.Parameter, float]]:
         """(site, A, B, scale) of every delta that is a plain, ungated pair of Parameters."""
         for d in self.deltas.values():
-            pair = d.pair()
+            pair = d.pair() if d.is_plain() else None
             if pair is not None and isinstance(pair.A, nn.Parameter) and isinstance(pair.B, nn.Parameter):
                 yield d.site, pair.A, pair.B, pair.scale
 
@@ -292,3 +295,18 @@ def base_fingerprint(model: nn.Module) -> str:
         values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(p.shape)}".encode() + values)
     return digest.hexdigest()[:32]
+
+
+def _twin(cache: Any) -> Any:
+    """The base's own key-value cache beside the call's: it hangs on it and is reordered with it."""
+    twin = cache.__dict__.get("veneer_base")
+    if twin is None:
+        twin = cache.veneer_base = copy.deepcopy(cache)
+        reorder = cache.reorder_cache
+
+        def both(rows: Tensor) -> None:
+            reorder(rows)
+            twin.reorder_cache(rows)
+
+        cache.reorder_cache = both
+    return twin

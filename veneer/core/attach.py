@@ -106,7 +106,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
-    """The sites of the recipe's form (or mixture) and side among those selected, numbered in order."""
+    """The sites of the recipe's form (or mixture) and side among those selected."""
     chosen: list[Site] = []
     for part in (recipe.part("mixture") or recipe.part("delta"), recipe.part("side")):
         if part is None:
@@ -119,8 +119,6 @@ def places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
                 f"and the selection holds {', '.join(sorted({s.kind for s in sites}))}"
             )
         chosen += found
-    for i, s in enumerate(chosen):
-        s.index = i
     return chosen
 
 
@@ -204,6 +202,8 @@ def build(
     kept = [s for s in sites if plan.get(s.path, {}) is not None]
     if not kept:
         raise UserError("the plan leaves no site; give a larger rank or another selection")
+    for i, s in enumerate(kept):
+        s.index = i
     root = root_of(model)
     adapter = Adapter.built(model, recipe, name=name, seed=seed, base=base, select=select)
     adapter.flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -253,7 +253,9 @@ def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[
 def _shared(adapter: Adapter) -> dict[str, nn.Module]:
     """Build what the sites of one method share and register it at the root."""
     parts = [p for p in (adapter.recipe.part(a) for a in ("delta", "mixture", "side")) if p is not None]
-    found = {p.method.name: p.method.cls.shared(adapter.sites, all_fields(p), adapter.seed) for p in parts}
+    found = {
+        p.method.name: p.method.cls.shared(adapter.model, adapter.sites, all_fields(p), adapter.seed) for p in parts
+    }
     found = {n: pool for n, pool in found.items() if pool is not None}
     if len(found) > 1:
         raise UserError(f"{' and '.join(found)} each share tensors between sites; a recipe holds one such method")

@@ -94,7 +94,7 @@ class Delta(Fields, nn.Module):
         return [s for s in sites if s.kind in cls.layers]
 
     @classmethod
-    def shared(cls, sites: list[Site], fields: dict[str, Any], seed: int) -> nn.Module | None:
+    def shared(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any], seed: int) -> nn.Module | None:
         """What all sites share, built once and kept at the model's root; reaches each instance as ``pool``."""
         return None
 
@@ -199,7 +199,7 @@ class Delta(Fields, nn.Module):
         """Keep copies of the pair as it stands, to be subtracted: the start then equals the base."""
         pair = self.pair()
         assert pair is not None, "an offset needs a plain pair"
-        self.offset = Offset(self.site, pair)
+        self.offset = Offset(self.site, pair, self.adapter_name)
 
     def under(self) -> tuple[Delta | Offset, ...]:
         """This delta with the offset beneath it: the links that run at its site."""
@@ -271,9 +271,9 @@ class Delta(Fields, nn.Module):
 class Offset(nn.Module):
     """A frozen −s·B₀A₀ beneath a delta: what a start moved out of W."""
 
-    def __init__(self, site: Site, pair: Pair) -> None:
+    def __init__(self, site: Site, pair: Pair, adapter: str) -> None:
         super().__init__()
-        self.site, self.scale = site, -pair.scale
+        self.site, self.scale, self.adapter_name = site, -pair.scale, adapter
         self.register_buffer("A", pair.A.detach().float().clone())
         self.register_buffer("B", pair.B.detach().float().clone())
 

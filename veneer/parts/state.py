@@ -83,7 +83,7 @@ def load_delta(delta: Delta, path: str, own: State, strict: bool = True) -> None
         delta.scale = float(own.pop("scale"))
     if "offset.A" in own and delta.offset is None:
         pair = Pair(own["offset.A"], own["offset.B"], 1.0)
-        delta.offset = Offset(delta.site, pair).to(delta.site_device())
+        delta.offset = Offset(delta.site, pair, delta.adapter_name).to(delta.site_device())
     if "offset.scale" in own:
         delta.offset.scale = float(own.pop("offset.scale"))
     if "gate" in own and delta.gate is None:
