@@ -19,7 +19,7 @@ gguf = pytest.importorskip("gguf")
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]
+MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "Ċ Ċ"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
@@ -193,12 +193,25 @@ def test_a_file_is_converted_once_per_precision_and_again_when_it_changes(tmp_pa
     assert len(calls) == 3 and len(list(cache.iterdir())) == 3
 
 
-def test_a_damaged_cache_is_made_again(tmp_path, cache):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_cache_is_made_again(tmp_path, cache, name):
     path = write(tmp_path / "m.gguf", tiny())
-    expected = load_model(path, dtype="fp32")[0](IDS).logits
-    (weights,) = cache.glob("*/model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert torch.equal(load_model(path, dtype="fp32")[0](IDS).logits, expected)
+
+    def load():
+        model, words = load_model(path, dtype="fp32")
+        return model(IDS).logits, words("the").input_ids
+
+    logits, ids = load()
+    (file,) = cache.glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:90])
+    logits_again, ids_again = load()
+    assert torch.equal(logits, logits_again) and ids == ids_again
+
+
+def test_a_full_disk_is_said_and_leaves_no_draft(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "m.gguf", tiny())
+    monkeypatch.setattr(reading, "convert", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in refused(path) and not any(cache.iterdir())
 
 
 def test_two_may_convert_at_once(tmp_path, cache, monkeypatch):
@@ -219,21 +232,26 @@ def test_the_tokenizer_cuts_merges_and_frames_as_the_file_says(tmp_path):
     _, words = load_model(write(tmp_path / "m.gguf", tiny()))
     pieces = words.convert_ids_to_tokens(words("hi the 12<|im_end|><think>é").input_ids)
     assert pieces == ["h", "i", "Ġthe", "Ġ", "1", "2", "<|im_end|>", "<think>", "Ã", "©"]  # digits apart: no "12"
+    pieces = words.convert_ids_to_tokens(words("\n\n1").input_ids)
+    assert pieces == [
+        "ĊĊ",
+        "1",
+    ]  # llama.cpp sets digits apart first; GPT-2's cut alone would leave a space to the digit
     assert words.decode(words("a the\n 3 é").input_ids) == "a the\n 3 é"
     assert (words.bos_token, words.eos_token, words.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
-    assert words.model_max_length == 64 and words.decode([2, 261], skip_special_tokens=True) == " the"
+    assert words.model_max_length == 64 and words.decode([2, TOKENS.index("Ġthe")], skip_special_tokens=True) == " the"
     chat = words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])  # it has no rule for smollm's digits
 def test_tokens_are_those_of_transformers_own_reader(tmp_path, pre):
     from transformers import AutoTokenizer
 
     path = write(tmp_path / "m.gguf", tiny(), pre=pre)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     ours = load_model(path)[1]
-    for text in ("the the", "They'll  THE\n\n the 日本 naïve", "a\t<think>b<|im_end|>!? the"):
+    for text in ("the the", "They'll  THE\n\n the 日本 naïve", "a\t<think>b<|im_end|>!? the 12"):
         assert ours(text).input_ids == theirs(text).input_ids
 
 

@@ -61,9 +61,18 @@ TENSORS = {
 
 def load_converted(path: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, object]:
     """Model in eval mode on the CPU, and tokenizer, of a GGUF file; from the cache when it was converted before."""
+    try:
+        return _open(converted(path, dtype))
+    except UserError:
+        raise
+    except Exception:  # whatever damage the cache has come to: it can be made again
+        shutil.rmtree(converted(path, dtype))
+    return _open(converted(path, dtype))
+
+
+def _open(folder: Path) -> tuple[torch.nn.Module, object]:
     from transformers import PreTrainedTokenizerFast
 
-    folder = converted(path, dtype)
     return map_folder(folder), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
@@ -76,6 +85,8 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
     Raises:
         UserError: the file is truncated, corrupt or of another architecture, or the cache cannot be written.
     """
+    from safetensors import SafetensorError
+
     root = Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer") / "gguf"
     folder = root / f"{path.stem}-{_fingerprint(path)}-{str(dtype).removeprefix('torch.')}"
     if folder.is_dir():
@@ -94,11 +105,11 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
     try:
         convert(path, draft, dtype)
         draft.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not folder.is_dir():
             raise UserError(
-                f"{path} cannot be converted into {root} ({error.strerror}); make room there, or name another folder "
-                "in VENEER_CACHE"
+                f"{path} cannot be converted into {root} ({error}); make room there, or name another folder in "
+                "VENEER_CACHE"
             ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -13,7 +13,7 @@ from veneer.errors import UserError
 CONTROL, USER_DEFINED = 3, 4  # token types
 
 # How text is cut before the merges, by name of the pre-tokenizer; None is GPT-2's own cut, "digits" that after each
-# digit was set apart. The expressions are those that the models were trained with.
+# digit was set apart, as llama.cpp does it (src/llama-vocab.cpp). Transformers' own reader leaves the digits in place.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,7 +21,6 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 CUTS = {
     "gpt-2": None,
-    "default": None,
     "smollm": "digits",
     "starcoder": "digits",
     "refact": "digits",
@@ -66,7 +65,7 @@ def build_tokenizer(path: Path, facts: dict[str, object], length: int) -> object
 def _byte_level(path: Path, facts: dict[str, object], tokens: list[str], begin: str | None) -> object:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    name = facts.get("tokenizer.ggml.pre", "default")
+    name = facts.get("tokenizer.ggml.pre", "gpt-2")
     if name not in CUTS:
         raise UserError(f'{path} cuts text by "{name}" before tokenizing; known are {", ".join(CUTS)}')
     cut = CUTS[name]
