@@ -47,7 +47,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     )  # renamed in transformers 5
     if not hasattr(model, f"{word}_checkpointing_enable"):
         raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave checkpointing out")
-    if getattr(model, "is_activation_checkpointing" if word == "activation" else "is_gradient_checkpointing", False):
+    if getattr(model, f"is_{word}_checkpointing", False):
         yield
         return
     getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})

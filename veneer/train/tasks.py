@@ -73,7 +73,7 @@ class Task:
         return self._checked(self.custom(model, batch)) if self.custom else self.with_outputs(model, batch)[0]
 
     def with_outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        """(mean loss, the model's outputs), for objectives that read them; a causal model's logits come when asked for."""
+        """(mean loss, the model's outputs), for objectives that read them; a causal model's logits are late."""
         if self.custom is None and self.name != "causal":
             outputs = forward(model, batch)
             return self._checked(getattr(outputs, "loss", None)), outputs
