@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from veneer.core.adapted import Adapted, Base
+from veneer.core.adapted import Base
 from veneer.core.chance import kaiming_uniform
 from veneer.core.delta import Delta, LoRAForm, Pair, Slot
 from veneer.core.fields import At
@@ -61,7 +61,7 @@ class DoRA(Delta):
     def slots(self) -> Iterable[Slot]:
         yield Slot("A", "factor_a", (self.rank, self.site.in_features), kaiming_uniform)
         yield Slot("B", "factor_b", (self.site.out_features, self.rank))
-        yield Slot("m", "magnitude", (self.site.out_features,), lambda *_: row_squares(self._beneath().weight()).sqrt())
+        yield Slot("m", "magnitude", (self.site.out_features,), lambda *_: row_squares(self.beneath().weight()).sqrt())
 
     def build(self) -> None:
         self.scale = (self.rank if self.alpha is None else self.alpha) / self.rank
@@ -123,12 +123,3 @@ class DoRA(Delta):
     def _rows(self, v: Tensor) -> Tensor:
         """A vector (out,) that broadcasts over the layer's output."""
         return v.view(-1, *(1 for _ in self.site.module.kernel_size)) if self.site.kind == "conv" else v
-
-    def _beneath(self) -> Base:
-        module = self.site.module
-        if not isinstance(module, Adapted):
-            return Base(self.site, module.forward)
-        whole, rows, _ = module.veneer_links()
-        same = (d for d in rows if d.site.rows == self.site.rows)
-        links = whole if self.site.rows is None else tuple(link for d in same for link in d.under())
-        return Base(self.site, module.veneer_own, links)
