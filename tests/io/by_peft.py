@@ -36,11 +36,12 @@ def saved(folder: Path, kind: str, *, initial: bool | str = False, **config):
 
 
 def loaded(directory: Path, kind: str):
-    """The tiny model with the adapter in ``directory`` on it, by PEFT; warnings are errors."""
+    """The tiny model with the adapter in ``directory`` on it, by PEFT; its warnings are errors."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         return PeftModel.from_pretrained(make(kind).model, str(directory))
 
@@ -55,10 +56,10 @@ def shake(model, size: float = 0.3) -> None:
 
 
 def run(model, batch):
-    """The logits, without gradient and labels."""
+    """The logits, without gradient."""
     model.eval()
     with torch.no_grad():
-        out = model(**{k: v for k, v in batch.items() if k != "labels"})
+        out = model(**batch)
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
