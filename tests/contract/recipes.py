@@ -39,7 +39,8 @@ def form(method: registry.Method) -> type:
 def models_for(method: registry.Method) -> list[str]:
     """The models that have a layer kind the method claims."""
     kinds = getattr(method.cls, "layers", None) or form(method).layers
-    return list(dict.fromkeys(k for kind in kinds for k in KINDS[kind]))
+    found = dict.fromkeys(k for kind in kinds for k in KINDS[kind])
+    return [k for k in found if k != "t5" or getattr(method.cls, "encoder_decoder", True)]
 
 
 def cases() -> list[Any]:

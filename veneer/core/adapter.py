@@ -224,8 +224,11 @@ class Adapter:
     def hang(self, path: str, delta: Delta, trained: bool = False) -> None:
         """Hang one delta on its module; ``trained`` marks a base tensor that trains as it is."""
         if isinstance(delta, Written):
-            owners = [w for w in self.every().values() if isinstance(w, Written)]
-            delta.take(next((w for w in owners if w.parameter() is delta.parameter()), None))
+            every = [w for a in self.root.adapters.values() for w in a.every().values() if isinstance(w, Written)]
+            owners = [w for w in every if w.parameter() is delta.parameter()]
+            delta.take(
+                owners[0].home_dtype if owners else None, next((w for w in owners if w.adapter_name == self.name), None)
+            )
         delta.train(delta.site.module.training)
         adapted.swap_in(delta.site.module, self.key(delta), delta, self.root.switch)
         (self.trained if trained else self.deltas)[path] = delta
@@ -284,17 +287,25 @@ Adapter.built = Adapter
 def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base's tensors: names, shapes and 256 evenly spaced values of each, rounded to bf16.
 
-    The same for one base in fp32 and bf16; adapters are left out.
+    The same for one base in fp32, in bf16, and with its layers converted to another storage; adapters are left out.
     """
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if ".veneer." in f".{name}" or "veneer_shared" in name:
-            continue
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if ".veneer." not in f".{path}." and "veneer_shared" not in path:
+            own = module.__dict__.get("_veneer_digests") or digests(module)
+            found |= {f"{path}.{n}": d for n, d in own.items()}
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:32]
+
+
+def digests(module: nn.Module) -> dict[str, str]:
+    """The digest of each parameter that the module itself holds."""
+    out = {}
+    for name, p in module.named_parameters(recurse=False):
         flat = p.detach().reshape(-1)
         at = torch.linspace(0, max(0, flat.numel() - 1), min(256, flat.numel()), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(p.shape)}".encode() + values)
-    return digest.hexdigest()[:32]
+        out[name] = hashlib.sha256(f"{tuple(p.shape)}".encode() + values).hexdigest()
+    return out
 
 
 def _twin(cache: Any) -> Any:

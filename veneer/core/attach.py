@@ -14,7 +14,7 @@ from torch import nn
 
 from veneer.core import chance
 from veneer.core import recipe as recipes
-from veneer.core.adapter import Adapter, base_fingerprint, root_of
+from veneer.core.adapter import Adapter, base_fingerprint, digests, root_of
 from veneer.core.delta import Delta, Written
 from veneer.core.evidence import Evidence, gather
 from veneer.core.fields import fields_of
@@ -213,6 +213,7 @@ def build(
     for part in recipe.on("base"):
         storage = part.method.cls(**part.fields)
         for site in storage.places([s for s in find_sites(model, "linear") if not stored(s.module)]):
+            site.module.__dict__.setdefault("_veneer_digests", digests(site.module))
             storage.convert(site)
     root.adapters[name] = adapter
     root.switch.change(names=(*root.switch.names, name))

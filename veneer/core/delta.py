@@ -13,6 +13,7 @@ from veneer.core.context import current
 from veneer.core.fields import Fields
 from veneer.core.product import lowrank_linear
 from veneer.core.site import Kind, Site
+from veneer.errors import UserError
 from veneer.numerics.dropout import keep_mask
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Delta(Fields, nn.Module):
     folds: ClassVar[bool] = True
     replaces: ClassVar[bool] = False
     deterministic: ClassVar[bool] = True
+    encoder_decoder: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {}
     peft: ClassVar[Any] = None
     default_product: ClassVar[Any] = staticmethod(lowrank_linear)
@@ -310,18 +312,26 @@ class Written(Delta):
     layers = ("parameter",)
 
     def parameter(self) -> nn.Parameter:
-        """The base's own tensor."""
-        return self.site.module._parameters[self.site.name]
+        """The base's own tensor; raises UserError where the layer stores none of that name."""
+        p = self.site.module._parameters.get(self.site.name)
+        if p is None:
+            raise UserError(f"{self.site.path} cannot train as it is: the layer holds no such parameter")
+        return p
 
-    def take(self, first: Written | None = None) -> None:
-        """Start training the tensor, an fp32 master in its place; ``first`` is another owner's record of a tied one."""
+    def take(self, home: torch.dtype | None = None, first: Written | None = None) -> None:
+        """Start training the tensor, an fp32 master in its place.
+
+        ``home`` is the type the layer computes in when another adapter holds a master already; ``first`` this adapter's
+        record of the same tensor at another owner (tied weights).
+        """
         p = self.parameter()
         self.first = first
         if first is not None:
             self.home_dtype, self.required_grad, self.old = first.home_dtype, first.required_grad, first.old
             return
+        self.home_dtype, self.required_grad = home or p.dtype, p.requires_grad
         half = p.is_floating_point() and p.dtype != torch.float32
-        self.home_dtype, self.required_grad, self.old = p.dtype, p.requires_grad, p.data if half else p.data.clone()
+        self.old = p.data if half else p.data.clone()
         if half:
             p.data = p.data.float()
         p.requires_grad_(True)
@@ -336,7 +346,7 @@ class Written(Delta):
         """The tensor the layer computes with, or None when it is the one in place."""
         p = self.parameter()
         if not active:
-            return self.old
+            return self.old.to(self.home_dtype)
         return None if p.dtype == self.home_dtype else p.to(self.home_dtype)
 
     def weight(self, W: Tensor | None = None) -> Tensor:

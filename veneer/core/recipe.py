@@ -123,7 +123,7 @@ def _complete(given: list[Part]) -> list[Part]:
             m = registry.find(name)
             if not any(q.method.axis == m.axis for q in given) and m.name not in [q.method.name for q in parts]:
                 parts.append(Part(m, fields))
-    if not any(p.method.axis in ("delta", "side") for p in parts):
+    if not any(p.method.axis in ("delta", "side") or getattr(p.method.cls, "standalone", False) for p in parts):
         parts.append(Part(registry.find("lora")))
     return parts
 

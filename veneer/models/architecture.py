@@ -200,12 +200,17 @@ def heads(model: nn.Module, role: str = "q") -> int | None:
     return _attribute(model, "num_heads") if found is None else found
 
 
+def hidden_size(model: nn.Module) -> int | None:
+    """Width of the trunk's hidden states; None where nothing says so."""
+    return _fact(model, "hidden_size", "n_embd", "d_model", "dim")
+
+
 def head_dim(model: nn.Module) -> int | None:
     """Width of one attention head; None where nothing says so."""
     found = _fact(model, "head_dim", "d_kv")
     if found is not None:
         return found
-    width, count = _fact(model, "hidden_size", "n_embd", "d_model", "dim"), heads(model)
+    width, count = hidden_size(model), heads(model)
     width = _attribute(model, "embed_dim") if width is None else width
     return width // count if width and count else None
 

@@ -167,7 +167,7 @@ def clone(values: State) -> State:
 def average(states: Iterable[State], weights: Iterable[float] | None = None) -> State:
     """The weighted mean of states with the same keys and shapes, factor by factor; equal weights by default.
 
-    The mean of factors is not the mean of the changes they make; stack the pairs (``numerics.lowrank``) for that.
+    The mean of factors is not the mean of the changes they make; stack the pairs (``numerics.factored``) for that.
     """
     states = list(states)
     if not states or any(s.keys() != states[0].keys() for s in states):
