@@ -41,7 +41,7 @@ def test_help_lists_the_commands_that_work_and_no_other(capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_is_explained(command):
     for option in typer.main.get_command(main.app).commands[command].params:
-        assert option.help and option.help.rstrip("] ").endswith((".", "…")) or "[default:" in option.help, option.name
+        assert len((option.help or "").split()) > 1, option.name
 
 
 def test_no_argument_at_all_shows_the_help(capsys):

@@ -33,9 +33,9 @@ def command(
     Answers stream. Lines may also come from a pipe. /base turns the adapter off and on, /reset forgets what was said.
     """
     import torch
-    from rich.console import Console
 
     import veneer
+    from veneer.report.screen import screen
 
     base, tokenizer = veneer.load_model(model)
     base.eval()
@@ -44,7 +44,7 @@ def command(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     sampling["max_new_tokens"] = max_new_tokens
     talk = Talk(base, tokenizer, loaded, plain=plain, system=system, settings=sampling)
-    console = Console(highlight=False)
+    console = screen()
     if sys.stdin.isatty():
         console.print(f"[dim]{HELP}[/dim]")
     for line in lines(talk, console):

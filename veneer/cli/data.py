@@ -28,16 +28,15 @@ def command(
     ] = None,
 ) -> None:
     """Show what each row becomes, and which tokens train."""
-    from rich.console import Console
-
     from veneer.data import prepare, read_rows, render_rows, summary
     from veneer.models.load import load_model
     from veneer.report import tables
+    from veneer.report.screen import screen
 
     found = read_rows(data)  # before the model is loaded: what is wrong with the file is said at once
     _, tokenizer = load_model(model)
     dataset = prepare(found, tokenizer, task=task or "auto", template=template, max_length=max_length)
-    console = Console(highlight=False)
+    console = screen()
     for text in render_rows(dataset, tokenizer, rows):
         console.print(text, soft_wrap=True)
     console.print()

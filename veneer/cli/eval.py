@@ -26,12 +26,11 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.", show_default="all")] = None,
 ) -> None:
     """Score a model on data, with an adapter and without."""
-    from rich.console import Console
-
     import veneer
     from veneer.cli.loading import model_and_examples
     from veneer.data import read_rows
     from veneer.report import tables
+    from veneer.report.screen import screen
     from veneer.train.evaluate import scores
     from veneer.train.feed import RowFeed
     from veneer.train.processes import Processes
@@ -45,6 +44,6 @@ def command(
     if adapter is not None:
         veneer.load(base, adapter)
         columns["with adapter"] = scores(base, feed, what, Processes(), base.dtype)
-    console = Console(highlight=False)
+    console = screen()
     console.print(f"{len(dataset):,} rows of {dataset.name}, task {dataset.task}")
     console.print(tables.scores_table(columns))

@@ -26,10 +26,9 @@ def command(
     """Write an adapter for PEFT, llama.cpp, or folded in."""
     from pathlib import Path
 
-    from rich.console import Console
-
     import veneer
     from veneer.errors import UserError
+    from veneer.report.screen import screen
 
     if Path(out).exists():
         raise UserError(f"--out {out} exists already; give another name or move it away")
@@ -38,4 +37,4 @@ def command(
     written = loaded.export(out, format=format)
     if format == "merged" and tokenizer is not None:
         tokenizer.save_pretrained(out)
-    Console().print(f"wrote {written or out} ({format})", highlight=False, soft_wrap=True)
+    screen().print(f"wrote {written or out} ({format})", soft_wrap=True)

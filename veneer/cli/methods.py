@@ -20,12 +20,11 @@ def command(
     """List the methods of recipes, or describe one."""
     import inspect
 
-    from rich.console import Console
-
     from veneer.core import registry
     from veneer.report import catalogue, tables
+    from veneer.report.screen import screen
 
-    console = Console()
+    console = screen()
     if name is None:
         if axis is not None and axis not in registry.AXES:
             raise UserError(f"there is no axis {axis!r}; the axes are {', '.join(registry.AXES)}")
@@ -36,14 +35,14 @@ def command(
         )
         return
     if name in registry.systems():
-        console.print(f"{name} is the sum {registry.systems()[name]}", highlight=False)
+        console.print(f"{name} is the sum {registry.systems()[name]}")
         return
     method = registry.find(registry.aliases().get(name, name))
-    console.print(f"[bold]{method.name}[/bold]  {method.axis}", highlight=False)
+    console.print(f"[bold]{method.name}[/bold]  {method.axis}")
     for line in catalogue.declared(method):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, markup=False)
     console.print()
-    console.print(inspect.cleandoc(method.cls.__doc__ or ""), highlight=False, markup=False)
+    console.print(inspect.cleandoc(method.cls.__doc__ or ""), markup=False)
     rows = catalogue.fields(method)
     if rows:
         console.print()

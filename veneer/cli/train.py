@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,22 +53,22 @@ def command(
 
     Shows progress, evaluates, writes checkpoints; leaves the adapter, its curves and its record in the run's folder.
     """
-    from rich.console import Console
-
-    from veneer.cli.loading import model_and_examples
-    from veneer.data import read_rows
-
-    chosen = Settings(**settings)  # before anything is loaded
+    chosen = Settings(**settings)  # what is cheap to check comes first: settings, folder, recipe, data
     folder = _folder(out, resume)
-    given = {
-        name: value for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)) if value is not None
-    }
-    rows = read_rows(data)
-    held_rows = read_rows(eval_data) if eval_data else None
-    console = Console(highlight=False)
 
     import veneer
+    from veneer.cli.loading import model_and_examples
+    from veneer.core.recipe import parse
+    from veneer.data import read_rows
     from veneer.report import progress, tables
+    from veneer.report.screen import screen
+    from veneer.train.folder import RunFolder
+
+    parse(recipe, rank=rank, alpha=alpha, dropout=dropout)
+    rows = read_rows(data)
+    held_rows = read_rows(eval_data) if eval_data else None
+    RunFolder(folder, resume).close()
+    console = screen()
 
     base, train = model_and_examples(
         model, rows, task=chosen.task, template=chosen.template, max_length=chosen.max_length
@@ -76,13 +77,14 @@ def command(
     adapter = veneer.attach(
         base,
         recipe,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
         sites=[part.strip() for part in sites.split(",")] if "," in sites else sites,
         calibration=_calibration(train, chosen),
         seed=chosen.seed,
-        **given,
     )
     console.print(tables.sites_table(adapter))
-    console.print(f"trains {tables.share_line(adapter)}")
     veneer.fit(
         adapter,
         train,
@@ -137,8 +139,10 @@ def _held_out(train: Dataset, rows: Rows | None, settings: Settings, console: An
     return train, held
 
 
-def _calibration(train: Dataset, settings: Settings) -> list[dict[str, Any]]:
+def _calibration(train: Dataset, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Batches of the training data, made only for a recipe that looks at them."""
     from veneer.data import Batches
 
     batches = Batches(train.lengths, settings.batch_size, seed=settings.seed)
-    return [train.batch(batches[k]) for k in range(min(CALIBRATION, len(batches)))]
+    for k in range(min(CALIBRATION, len(batches))):
+        yield train.batch(batches[k])

@@ -170,9 +170,9 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def pairs(self) -> Iterator[tuple[Site, nn.Parameter, nn.Parameter, float]]:
-        """(site, A, B, scale) of every delta that is a plain, ungated pair of Parameters."""
+        """(site, A, B, scale) of every delta whose pair is two Parameters, ungated."""
         for d in self.deltas.values():
-            pair = d.pair() if d.is_plain() else None
+            pair = d.pair()
             if pair is not None and isinstance(pair.A, nn.Parameter) and isinstance(pair.B, nn.Parameter):
                 yield d.site, pair.A, pair.B, pair.scale
 

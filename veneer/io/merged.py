@@ -59,7 +59,8 @@ def write(
     tensors = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
     with staged(directory, last=("config.json",), replaces=WEIGHTS) as scratch, _config(model, tensors) as config:
         _check_places(model, tensors)
-        model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=max_shard_size)
+        with _quiet():
+            model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=max_shard_size)
         config.dtype = kept
         config.save_pretrained(scratch)
         if tokenizer is not None:
@@ -134,6 +135,20 @@ def _config(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[Any]:
         yield config
     finally:
         model.config = own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar over the weight files."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_places(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -243,7 +243,7 @@ def _description(config: Config, parts: dict[str, list[Site]], trained: list[str
     return {
         "recipe": f"{config.method.name}({inner})",
         "seed": 0,
-        "select": paths,
+        "select": list(dict.fromkeys(path.rpartition(".")[2] for path in parts)),
         "sites": paths,
         "fields": fields,
         "train": trained,

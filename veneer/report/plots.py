@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 INK, SHADE, ACCENT, QUIET = "#1f4e79", "#9dc3e6", "#c55a11", "#7f7f7f"
 
 
-def curves(run_dir: str | Path) -> Path:
+def curves(run_dir: str | Path, title: str | None = None) -> Path:
     """Draw ``curves.png`` from ``run.jsonl`` in a run folder and give its path.
+
+    The title is the recipe of ``run.json`` when none is given.
 
     Raises:
         UserError: the folder has no ``run.jsonl``, or none of its lines holds a training loss.
@@ -27,7 +29,7 @@ def curves(run_dir: str | Path) -> Path:
     log = folder / "run.jsonl"
     if not log.is_file():
         raise UserError(f"{folder} holds no run.jsonl; give the folder of a training run")
-    figure = draw(_rows(log), title=_title(folder))
+    figure = draw(_rows(log), title=_title(folder) if title is None else title)
     path = folder / "curves.png"
     write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=150))
     return path
@@ -124,4 +126,4 @@ def _title(folder: Path) -> str:
     if not record.is_file():
         return ""
     facts = read_json(record)
-    return str(facts.get("title") or facts.get("recipe") or "")
+    return str(facts.get("recipe") or "")

@@ -30,7 +30,7 @@ from veneer.train.proof import proof
 from veneer.train.record import MemoryMeter, hardware, versions
 from veneer.train.resume import look
 from veneer.train.settings import HEAD_RATE, RATE, WRITTEN_RATE, Settings
-from veneer.train.steps import Training
+from veneer.train.steps import Training, restore
 from veneer.train.tasks import Task, task_of
 
 SPEED_WINDOW = 20  # steps over which the shown tokens per second are taken
@@ -243,7 +243,7 @@ class _Job:
         """The finished run as it lies in its folder, with its adapter put into this one."""
         assert self.out is not None
         description, state = contents(self.out / "adapter")
-        self.training.restore(description["fields"], description["sites"], description["phase"])
+        restore(self.adapter, description["fields"], description["sites"], description["phase"])
         self.adapter.load_state(state)
         lines = lines_at(self.out)
         losses = [line["loss"] for line in lines if "loss" in line]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,29 +47,22 @@ class Runner:
 
     ``run(batch, adapter="on")`` gives the model's outputs with the adapter as it is; ``"off"`` without it and without
     gradients; a state (as ``adapter.state()``, possibly in part) with those tensors and without gradients. Keywords go
-    to the model's forward. For ``micro_step``: ``run.loss(batch)`` is the whole loss of the micro-batch, a mean, and
-    ``run.backward(loss)`` adds its gradients with the weight the micro-batch has in the accumulated batch.
+    to the model's forward. For ``micro_step``: ``run.loss(batch)`` is the whole loss of the micro-batch (the task's,
+    the auxiliary losses of the forward pass, the recipe's objectives), a mean, 0-dim; ``run.backward(loss)`` adds its
+    gradients with the weight that the micro-batch has in the accumulated batch.
     """
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
+    def __init__(self, adapter: Adapter, loss: Callable[[Any], Tensor], backward: Callable[[Tensor], None]) -> None:
+        self.adapter, self.loss, self.backward = adapter, loss, backward
 
     def __call__(self, batch: Any, adapter: str | dict[str, Tensor] = "on", **extra: Any) -> Any:
-        own = self._training.adapter
-        batch = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+        own = self.adapter
+        batch = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
         if isinstance(adapter, str) and adapter == "on":
             return forward(own.model, batch, **extra)
         other = own.disabled() if isinstance(adapter, str) else own.using(adapter)
         with other, torch.no_grad():
             return forward(own.model, batch, **extra)
-
-    def loss(self, batch: Any) -> Tensor:
-        """Task loss, auxiliary losses of the forward pass and the recipe's objectives, 0-dim."""
-        return self._training.loss(batch)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's loss."""
-        (loss * self._training.weight).backward()
 
 
 def overridden(hook: Hook, point: str) -> bool:
@@ -93,7 +86,7 @@ class Training:
         self.adapter, self.feed, self.task, self.settings, self.processes = adapter, feed, task, settings, processes
         self.dtype = dtype
         self.at = Progress()
-        self.runner = Runner(self)
+        self.runner = Runner(adapter, self.loss, self._backward)
         self.weight = 1.0
         self.schedule = Schedule(1)
         self.phase_start = 0
@@ -222,27 +215,23 @@ class Training:
             loss = self.hooks["micro_step"][0].micro_step(self.runner, batch)
         else:
             loss = self.loss(batch)
-            self.runner.backward(loss)
+            self._backward(loss)
         return loss.detach() * share
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * self.weight).backward()
 
     def loss(self, batch: Any) -> Tensor:
         """The whole loss of a micro-batch: the task's, the passes' auxiliary losses, the objectives'."""
         model, outputs = self.adapter.model, None
-        with self._watching() as passes:
+        with Passes(model) as passes:
             if self.hooks["loss"]:
                 loss, outputs = self.task.with_outputs(model, batch)
             else:
                 loss = self.task.loss(model, batch)
-        for context in passes:
-            extra = context.total_loss()
-            loss = loss if extra is None else loss + extra
-        for hook in self.hooks["loss"]:
-            term = hook.loss(outputs, batch, self.runner)
+        for term in (passes.auxiliary(), *(h.loss(outputs, batch, self.runner) for h in self.hooks["loss"])):
             loss = loss if term is None else loss + term
         return loss
-
-    def _watching(self) -> _Passes:
-        return _Passes(self.adapter.model)
 
     def _note_gradients(self) -> None:
         """Keep the list of trained tensors that have had no gradient so far; short after the second step."""
@@ -286,7 +275,7 @@ class Training:
     def load(self, state: dict[str, Any], lr: float) -> None:
         """Go back to where ``state`` was taken: phase, plan, tensors, optimiser, hooks, data and chance."""
         adapter = self.adapter
-        self.restore(state["fields"], state["sites"], state["training"]["phase"])
+        restore(adapter, state["fields"], state["sites"], state["training"]["phase"])
         self.begin_phase(lr)
         adapter.load_state(state["adapter"])
         adapter.load_training_state(state["training"])
@@ -297,30 +286,32 @@ class Training:
         self._stream = self.feed.epoch(self.at.epoch, self.at.index) if self.at.index else None
         checkpoint.set_random_state(state["random"])
 
-    def restore(self, fields: dict[str, dict[str, Any]], sites: list[str], phase: int) -> None:
-        """Give every site the form it had: phases and rank methods may have changed fields or dropped sites."""
-        now = self.adapter.description()["fields"]
-        plan: dict[str, dict[str, Any] | None] = {}
-        for path in self.adapter.deltas:
-            if path not in sites:
-                plan[path] = None
-            elif now.get(path, {}) != fields.get(path, {}):
-                plan[path] = fields.get(path, {})
-        if plan:
-            self.adapter.rebuild(plan)
-        self.adapter.phase = phase
-        self.adapter.start_phase()
+
+def restore(adapter: Adapter, fields: dict[str, dict[str, Any]], sites: list[str], phase: int) -> None:
+    """Give every site the form it had: phases and rank methods may have changed fields or dropped sites."""
+    now = adapter.description()["fields"]
+    plan: dict[str, dict[str, Any] | None] = {}
+    for path in adapter.deltas:
+        if path not in sites:
+            plan[path] = None
+        elif now.get(path, {}) != fields.get(path, {}):
+            plan[path] = fields.get(path, {})
+    if plan:
+        adapter.rebuild(plan)
+    adapter.phase = phase
+    adapter.start_phase()
 
 
-class _Passes:
+class Passes:
     """While entered, the contexts of the model's forward passes, for their auxiliary losses."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.contexts = model, []
+        self.model = model
+        self.contexts: list[Context] = []
 
-    def __enter__(self) -> list[Context]:
+    def __enter__(self) -> Passes:
         self.handle = self.model.register_forward_pre_hook(self._note)
-        return self.contexts
+        return self
 
     def _note(self, module: nn.Module, args: tuple) -> None:
         context = current()
@@ -329,3 +320,8 @@ class _Passes:
 
     def __exit__(self, *error: object) -> None:
         self.handle.remove()
+
+    def auxiliary(self) -> Tensor | None:
+        """The sum of all auxiliary losses of the passes, or None when there is none."""
+        found = [loss for context in self.contexts if (loss := context.total_loss()) is not None]
+        return torch.stack(found).sum() if found else None
