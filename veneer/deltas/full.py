@@ -1,0 +1,66 @@
+"""Full fine-tuning: the weights themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veneer.core.delta import Written
+from veneer.core.registry import method
+from veneer.core.site import Site, parameter_site, stored
+from veneer.errors import UserError
+from veneer.models import architecture
+
+
+@method("full", axis="delta", system=0, gives=("dense-gradient", "linear", "foldable"))
+class Full(Written):
+    """Every tensor of the selected layers trains as it is: the reference that other forms are compared with.
+
+    W′ = W + ΔW with ΔW unconstrained; W itself is the trained tensor.
+
+    =======  ==========================  =========  =================
+    tensor   shape                       trained    start
+    =======  ==========================  =========  =================
+    W        as the layer stores it      yes        the base's values
+    b        (out,), where there is one  yes        the base's values
+    =======  ==========================  =========  =================
+
+    No defaults of its own; rates are 1e-5 to 5e-5 for models above 100 M parameters, with or without decay 0.01–0.1.
+    AdamW's decay pulls W to 0 and not to the base.
+
+    A half-precision tensor gets an fp32 master and computes in its own precision; the old values are kept, so
+    disabling and detaching are exact. A tensor that several layers share (tied embeddings) trains once, counts once,
+    and changes for all of them, whichever was selected. A projection that fuses several roles trains whole, so a
+    selection of some of its roles is refused.
+    """
+
+    layers = ("linear", "conv", "embedding")
+
+    @classmethod
+    def places(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any]) -> list[Site]:
+        """A site for every tensor of the selected layers, and for every other layer that shares it."""
+        owners = {name: group for group in architecture.tied(model) for name in group}
+        names: dict[str, None] = {}
+        for site in (s for s in sites if s.kind in cls.layers):
+            _require_whole(site, sites)
+            for name, _ in site.module.named_parameters(recurse=False):
+                path = f"{site.module_path}.{name}"
+                names |= dict.fromkeys(owners.get(path, [path]))
+        return [parameter_site(model, name) for name in names]
+
+
+def _require_whole(site: Site, sites: list[Site]) -> None:
+    if stored(site.module):
+        raise UserError(
+            f"full: {site.path} is stored quantised, and only dense weights train; train lora over it instead"
+        )
+    if site.rows is None:
+        return
+    taken = sum(s.rows.stop - s.rows.start for s in sites if s.module is site.module)
+    rows = site.module.weight.shape[1 if site.transposed else 0]
+    if taken < rows:
+        raise UserError(
+            f"full: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows are "
+            f"selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
+        )
