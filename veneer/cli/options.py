@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.core.fields import Fields, fields_of
+from veneer.fields import Fields, fields_of
 
 Model = Annotated[
     str,

