@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.core import adapter as core
 from veneer.core.attach import attach
 from veneer.core.delta import Delta
+from veneer.core.hook import Plan
 from veneer.errors import UserError
 from veneer.parts import description, folding, state, trainability
 
@@ -111,6 +112,14 @@ class Adapter(core.Adapter):
     ) -> nn.Parameter:
         """Put a tensor of another shape in a slot and carry the optimiser's state along."""
         return trainability.replace_parameter(self, delta, name, value, keep, dim)
+
+    def advance(self) -> bool:
+        """End the phase under way and take the next; False when it was the last."""
+        return trainability.advance(self)
+
+    def rebuild(self, plan: Plan) -> None:
+        """Build the deltas at the planned sites anew; a site planned None is dropped."""
+        trainability.rebuild(self, plan)
 
     def training_state(self) -> dict[str, Any]:
         """What a resumed run needs besides ``state`` and the optimiser."""

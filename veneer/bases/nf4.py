@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Adapted
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.hook import Storage
 from veneer.core.product import compute_dtype
 from veneer.core.registry import method

@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from veneer.core import chance
 from veneer.core import recipe as recipes
-from veneer.core.adapter import Adapter, base_fingerprint, digests, root_of
+from veneer.core.adapter import Adapter, root_of
 from veneer.core.delta import Delta, Written
 from veneer.core.evidence import Evidence, gather
-from veneer.core.fields import fields_of
 from veneer.core.hook import Hook, Init, Optim, Plan, Schedule
 from veneer.core.recipe import Part, Recipe
 from veneer.core.site import Select, Site, find_sites, parameter_site, stored
 from veneer.errors import UserError, nearest
+from veneer.fields import fields_of
 from veneer.models import architecture
+from veneer.models.fingerprint import base_fingerprint, digests
+from veneer.numerics import chance
 
 
 def attach(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -18,23 +18,21 @@ class Context:
     """One forward pass: row choices, masks, things computed once, auxiliary losses.
 
     ``mask`` is the call's attention mask, ``rows`` an adapter choice per row (−1: the base), ``tasks`` and ``users``
-    ids per row, ``draw`` the number of this pass among the adapter's training passes, which seeds whatever a delta
-    draws. After the pass it is closed: what a recomputed block appends then is ignored.
+    ids per row, ``draw`` the number of this pass among the training passes, which seeds what a delta draws, and
+    ``call`` the pass itself: (model, module, args, kwargs). After the pass it is closed: what a recomputed block
+    appends then is ignored.
     """
 
     def __init__(self, *, training: bool = False, draw: int = 0, **facts: Any) -> None:
-        self.training = training
-        self.draw = draw
+        self.training, self.draw = training, draw
         self.mask: Tensor | None = facts.pop("mask", None)
         self.rows: Tensor | None = facts.pop("rows", None)
         self.tasks: Tensor | None = facts.pop("tasks", None)
         self.users: Tensor | None = facts.pop("users", None)
-        self.facts = facts
+        self.facts, self.call, self.closed = facts, None, False
         self.kept: dict[Any, Any] = {}
         self.losses: dict[str, list[Tensor]] = {}
         self.stats: dict[str, list[Any]] = {}
-        self.closed = False
-        self.base_pass: Callable[[], Tensor] | None = None
 
     def keep(self, key: Any, value: Any) -> Any:
         """Store what is computed once in this pass, for the blocks to read from ``kept``."""
@@ -62,11 +60,21 @@ def current() -> Context | None:
     return _current.get()
 
 
+def activate(context: Context | None) -> Token:
+    """Make ``context`` the current one until ``deactivate``."""
+    return _current.set(context)
+
+
+def deactivate(token: Token) -> None:
+    """Undo ``activate``."""
+    _current.reset(token)
+
+
 @contextmanager
-def using(context: Context | None):
+def using(context: Context | None) -> Iterator[Context | None]:
     """Make ``context`` the current one."""
-    token = _current.set(context)
+    token = activate(context)
     try:
         yield context
     finally:
-        _current.reset(token)
+        deactivate(token)

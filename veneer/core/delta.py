@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.core import chance
 from veneer.core.context import current
-from veneer.core.fields import Fields
 from veneer.core.product import lowrank_linear
 from veneer.core.site import Kind, Site
 from veneer.errors import UserError
+from veneer.fields import Fields
+from veneer.numerics import chance
 from veneer.numerics.dropout import keep_mask
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core import chance
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.models import architecture
+from veneer.numerics import chance
 from veneer.numerics.pca import IncrementalPCA
 from veneer.numerics.sketch import GradientSketch
 

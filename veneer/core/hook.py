@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.core.fields import Fields
 from veneer.core.site import Site
 from veneer.errors import UserError
+from veneer.fields import Fields
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter

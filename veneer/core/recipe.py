@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.core import registry
-from veneer.core.fields import fields_of
 from veneer.core.registry import SINGLE, WORDS, Method
 from veneer.errors import UserError
+from veneer.fields import fields_of
 
 OFFERED = ("rank", "alpha", "dropout")  # given to attach, offered to every part that has the field
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from veneer.core.chance import kaiming_uniform
+from veneer.numerics.chance import kaiming_uniform
 from veneer.core.delta import Delta, Pair, Slot
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.registry import PeftMap, method
 
 

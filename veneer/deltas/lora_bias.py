@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from veneer.core.chance import kaiming_uniform
+from veneer.numerics.chance import kaiming_uniform
 from veneer.core.delta import Delta, LoRAForm, Pair, Slot
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.registry import PeftMap, method
 
 

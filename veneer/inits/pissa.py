@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.evidence import Evidence
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.hook import Init
 from veneer.core.registry import method
 from veneer.core.site import Site

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,4 +45,18 @@ def export(adapter: Adapter, path: str | Path, *, format: str = "peft", **option
             raise UserError(
                 f"format={format!r} has no option {name!r}{nearest(name, known)} (it has: {', '.join(known) or 'none'})"
             )
-    return write(adapter, path, **fixed, **options)
+    with _unfolded(adapter):
+        return write(adapter, path, **fixed, **options)
+
+
+@contextmanager
+def _unfolded(adapter: Adapter) -> Iterator[None]:
+    """With the change beside the weights, from where it is read."""
+    folded = adapter.name in adapter.root.switch.folded
+    if folded:
+        adapter.unfold()
+    try:
+        yield
+    finally:
+        if folded:
+            adapter.fold()

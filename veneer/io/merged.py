@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
+from veneer.core.delta import Written
 from veneer.core.site import Site, site_at, stored
 from veneer.errors import UserError
 from veneer.io.files import staged
@@ -54,11 +55,12 @@ def write(
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError("the base was quantised by transformers, which writes its own format only; load it unquantised")
     directory = Path(directory)
-    tensors = merged_tensors(adapter)
-    kept = dtype or _dtype(adapter)
+    blank = _blank(model)
+    tensors = merged_tensors(adapter, blank)
+    _check_places(blank, tensors)
+    kept = dtype or _home_types(adapter)[None]
     tensors = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
     with staged(directory, last=("config.json",), replaces=WEIGHTS) as scratch, _config(model, tensors) as config:
-        _check_places(model, tensors)
         with _quiet():
             model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=max_shard_size)
         config.dtype = kept
@@ -68,54 +70,75 @@ def write(
     return directory
 
 
+def _blank(model: nn.Module) -> nn.Module:
+    """The architecture as it is without adapters and storages, holding nothing."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
 @torch.no_grad()
-def merged_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The model's state dict with the adapter folded in; layers in a quantised storage come out dense."""
-    model = adapter.model
-    out = dict(model.state_dict())
+def merged_tensors(adapter: Adapter, blank: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict with the adapter folded in; layers in another storage come out dense.
+
+    Args:
+        adapter: whose model is meant.
+        blank: the same architecture, whose layers say how a weight is laid out.
+    """
+    model, types = adapter.model, _home_types(adapter)
+    out = {n: t.to(types.get(n, t.dtype)) for n, t in model.state_dict().items()}
     for path, module in architecture.named_modules(model):
         dequantise = stored(module)
         if dequantise is not None:
             for key in [k for k in out if k.startswith(f"{path}.") and k != f"{path}.bias"]:
                 del out[key]
-            out[f"{path}.weight"] = dequantise(module).to(_dtype(adapter))
+            out[f"{path}.weight"] = _laid(site_at(blank, path), dequantise(module).detach()).to(types[None])
+    out |= whole_tensors(adapter)
     fresh: set[str] = set()
     for site, W, b in folded_weights(adapter):
         if site.name is not None:
             continue
-        whole = site_at(model, site.module_path)
-        _put(out, f"{site.module_path}.weight", site, _laid(site, W), fresh, whole.weight().dtype)
-        if b is not None:
-            _put(out, f"{site.module_path}.bias", site, b, fresh, whole.weight().dtype, rows=whole.out_features)
-    return out | whole_tensors(adapter)
+        layer = site_at(blank, site.module_path)
+        name = f"{site.module_path}.weight"
+        dtype = out[name].dtype if name in out else types[None]
+        if site.rows is None:
+            out[name] = _laid(layer, W).to(dtype).contiguous()
+        else:
+            _put_rows(out, name, layer, site.rows, W, fresh, dtype)
+        name = f"{site.module_path}.bias"
+        if b is not None and site.rows is None:
+            out[name] = b.to(dtype)
+        elif b is not None:
+            _put_rows(out, name, layer, site.rows, b, fresh, dtype)
+    return out
 
 
-def _laid(site: Site, W: Tensor) -> Tensor:
-    """A dense (out, in) matrix in the layer's own layout; of a row range, those rows."""
-    if site.kind == "conv":
-        return W.reshape(site.module.weight.shape)
-    return W.T if site.transposed else W
+def _laid(layer: Site, W: Tensor) -> Tensor:
+    """A dense (out, in) matrix in the layout of ``layer``."""
+    if layer.kind == "conv":
+        return W.reshape(layer.module.weight.shape)
+    return W.T if layer.transposed else W
 
 
-def _put(
-    out: dict[str, Tensor], name: str, site: Site, value: Tensor, fresh: set[str], dtype: torch.dtype, rows: int = 0
+def _put_rows(
+    out: dict[str, Tensor], name: str, layer: Site, rows: slice, value: Tensor, fresh: set[str], dtype: torch.dtype
 ) -> None:
-    """Set a tensor of the state dict, or a row range of it (in a copy)."""
-    if site.rows is None:
-        out[name] = value.to(dtype).contiguous()
-        return
+    """Set a row range of the dense view, in a copy of the tensor that is made once."""
     if name not in fresh:
         fresh.add(name)
-        out[name] = out[name].clone() if name in out else torch.zeros(rows, dtype=dtype)
-    part = out[name][:, site.rows] if out[name].ndim == 2 and site.transposed else out[name][site.rows]
-    part.copy_(value)
+        out[name] = out[name].clone() if name in out else torch.zeros(layer.out_features, dtype=dtype)
+    dense = out[name].T if out[name].ndim == 2 and layer.transposed else out[name]
+    dense[rows] = value.to(dtype)
 
 
-def _dtype(adapter: Adapter) -> torch.dtype:
-    """The type of the base's weights as they were before any of them was upcast to train."""
-    home = {id(d.parameter()): d.home_dtype for d in adapter.trained.values()}
-    types = (home.get(id(p), p.dtype) for p in adapter.model.parameters() if p.is_floating_point())
-    return next(types, torch.float32)
+def _home_types(adapter: Adapter) -> dict[str | None, torch.dtype]:
+    """The types of tensors before any was upcast to train, by name; under None that of the base as a whole."""
+    home = {id(d.parameter()): d.home_dtype for d in adapter.every().values() if isinstance(d, Written)}
+    named = adapter.model.named_parameters(remove_duplicate=False)
+    types: dict[str | None, torch.dtype] = {
+        n: home.get(id(p), p.dtype) for n, p in named if "veneer" not in n.split(".")
+    }
+    types[None] = next((t for t in types.values() if t.is_floating_point), torch.float32)
+    return types
 
 
 @contextmanager
@@ -151,13 +174,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_places(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _check_places(blank: nn.Module, tensors: dict[str, Tensor]) -> None:
     """A bias that the fold made must have a place in the architecture, or loading would drop it without a word."""
-    with torch.device("meta"):
-        expected = set(type(model)(model.config).state_dict())
-    lost = sorted(n for n in tensors if n not in expected)
+    lost = sorted(tensors.keys() - blank.state_dict().keys())
     if lost:
         raise UserError(
-            f"folding made {lost[0]}, for which {type(model).__name__} has no place; bake() the adapter and keep "
-            "the model in memory, or save the adapter itself"
+            f"folding made {lost[0]}, for which {type(blank).__name__} has no place; bake() the adapter and keep the model "
+            "in memory, or save the adapter itself"
         )

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, base_fingerprint
-from veneer.core.fields import fields_of
+from veneer.core.adapter import Adapter
+from veneer.models.fingerprint import base_fingerprint
 from veneer.core.site import Site, all_sites, site_at
 from veneer.errors import UserError, nearest
+from veneer.fields import fields_of
 from veneer.io.files import read_tensors, same
 from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
 from veneer.io.peft_start import starts

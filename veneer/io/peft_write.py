@@ -157,10 +157,6 @@ def _saved(adapter: Adapter, factors: list[Factors], config: dict[str, Any]) -> 
     adapted = {f.path for f in factors}
     out: dict[str, Tensor] = {}
     names: list[str] = []
-    for name in [n for group in architecture.tied(model) for n in group if any(g in whole for g in group)]:
-        whole.setdefault(
-            name, next(whole[g] for group in architecture.tied(model) if name in group for g in group if g in whole)
-        )
     for name, value in whole.items():
         owner, _, last = name.rpartition(".")
         if owner not in adapted:

@@ -16,6 +16,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.delta import Delta, Written
 from veneer.core.site import Site, site_at
 from veneer.errors import UserError
+from veneer.models import architecture
 
 
 @dataclass
@@ -145,7 +146,7 @@ def _rest(site: Site, name: str) -> Tensor:
 
 @torch.no_grad()
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The base tensors that the adapter changes as a whole, by name, with the values they have under it."""
+    """The base tensors that the adapter changes as a whole, by all their names, with the values they have under it."""
     out: dict[str, Tensor] = {}
     for path, delta in adapter.every().items():
         if isinstance(delta, Written):
@@ -154,4 +155,8 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
             p = delta.site.module._parameters.get(delta.site.name)
             change = delta.weight(p)
             out[path] = change if p is None else (p.float() + change).to(p.dtype)
+    for group in architecture.tied(adapter.model):
+        given = next((out[n] for n in group if n in out), None)
+        if given is not None:
+            out |= dict.fromkeys(group, given)
     return out

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, adapters
-from veneer.core.chance import generator
 from veneer.core.context import Context, current
 from veneer.core.delta import Delta
-from veneer.core.fields import At
 from veneer.core.registry import find, method
 from veneer.core.site import Site
 from veneer.errors import UserError, nearest
+from veneer.fields import At
 from veneer.models import architecture
-from veneer.parts.router import Router
+from veneer.numerics.chance import generator
+from veneer.parts.router import Router, base_pass
 
 if TYPE_CHECKING:
     from veneer.core.adapted import Base
@@ -58,7 +58,7 @@ class Classifier(Router):
 
     def prepare(self, ctx: Context) -> None:
         """Once a forward: the base's own pass, then the weights of every site."""
-        ctx.keep(self, self(ctx.base_pass().detach()))
+        ctx.keep(self, self(base_pass(ctx)))
 
 
 @method("x-lora", axis="mixture", paper="arXiv:2402.07148", system=33, gives=("frozen-base",))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.hook import Objective, Run
 from veneer.core.registry import method
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.core.fields import At
+from veneer.fields import At
 from veneer.core.hook import Optim
 from veneer.core.product import lowrank_linear
 from veneer.core.registry import method

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from veneer.core import attach as core
 from veneer.core import recipe as recipes
-from veneer.core.adapter import Adapter, base_fingerprint
+from veneer.core.adapter import Adapter
 from veneer.core.site import find_sites
 from veneer.errors import UserError, nearest
+from veneer.models.fingerprint import base_fingerprint
 from veneer.parts.state import load_state
 
 

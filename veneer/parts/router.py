@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from veneer.core.adapter import root_of
+from veneer.core.context import Context
+from veneer.models import architecture
 
 
 class Router(nn.Module):
@@ -12,3 +20,35 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+
+@torch.no_grad()
+def base_pass(ctx: Context) -> Tensor:
+    """The trunk's last hidden state (…, tokens, d) in the pass under way, with every adapter off.
+
+    When decoding, the base has a key-value cache of its own, which hangs on the call's.
+    """
+    model, _, args, kwargs = ctx.call
+    trunk, switch = architecture.trunk(model), root_of(model).switch
+    known = inspect.signature(trunk.forward).parameters
+    call = {k: v for k, v in kwargs.items() if k in known and k != "labels"}
+    if call.get("past_key_values") is not None:
+        call["past_key_values"] = _twin(call["past_key_values"])
+    with switch.without(*switch.names):
+        out = trunk(*args, **call)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _twin(cache: Any) -> Any:
+    """The base's own cache beside the call's: it is reordered with it."""
+    twin = cache.__dict__.get("veneer_base")
+    if twin is None:
+        twin = cache.veneer_base = copy.deepcopy(cache)
+        reorder = cache.reorder_cache
+
+        def both(rows: Tensor) -> None:
+            reorder(rows)
+            twin.reorder_cache(rows)
+
+        cache.reorder_cache = both
+    return twin

@@ -1,4 +1,4 @@
-"""What trains in a run: parameter groups, tensors that come, go and change shape, the state of a run."""
+"""What trains in a run: groups and phases, tensors that come, go and change shape, the state of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.delta import Delta
+from veneer.core.hook import Plan
 
 
 def optimizer_groups(adapter: Adapter) -> list[dict[str, Any]]:
@@ -68,6 +69,36 @@ def remove_parameters(adapter: Adapter, params: Iterable[nn.Parameter]) -> None:
         group["params"] = [p for p in group["params"] if id(p) not in gone]
     for p in [p for p in adapter.optimizer.state if id(p) in gone]:
         del adapter.optimizer.state[p]
+
+
+def advance(adapter: Adapter) -> bool:
+    """End the phase under way and take the next; False when it was the last."""
+    phase = adapter.phases[adapter.phase]
+    for hook in adapter.hooks:
+        plan = hook.on_phase_end(phase)
+        if plan is not None:
+            rebuild(adapter, plan)
+    if adapter.phase + 1 >= len(adapter.phases):
+        return False
+    adapter.phase += 1
+    adapter.start_phase()
+    return True
+
+
+def rebuild(adapter: Adapter, plan: Plan) -> None:
+    """Build the deltas at the planned sites anew with other fields; a site planned None is dropped."""
+    for path, fields in plan.items():
+        old = adapter.deltas[path]
+        adapter.drop(old)
+        if fields is None:
+            del adapter.deltas[path]
+            continue
+        own = old.field_values() | fields
+        new = type(old)(old.site, seed=adapter.seed, adapter=adapter.name, pool=old.pool, **own)
+        new.product = old.product
+        adapter.hang(path, new)
+    adapter.plan = adapter.plan | plan
+    adapter.sites = [s for s in adapter.sites if s.path in adapter.deltas]
 
 
 def training_state(adapter: Adapter) -> dict[str, Any]:

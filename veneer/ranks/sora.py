@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from veneer.core.chance import generator
-from veneer.core.fields import At
+from veneer.numerics.chance import generator
+from veneer.fields import At
 from veneer.core.hook import Phase, Plan, Ranks, Run, Schedule
 from veneer.core.registry import method
 from veneer.parts.components import components

@@ -14,7 +14,7 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self.state = PartialState()
+        self.state = PartialState(cpu=not torch.accelerator.is_available())
         self.device: torch.device = self.state.device
         self.world, self.rank = self.state.num_processes, self.state.process_index
         self.main = self.state.is_main_process

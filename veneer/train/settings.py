@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from veneer.core.fields import At, Fields
+from veneer.fields import At, Fields
 from veneer.errors import UserError
 
 TASKS = ("causal", "seq2seq", "classification", "token-classification", "regression", "image-classification")
