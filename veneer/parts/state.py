@@ -71,6 +71,7 @@ def load_state(adapter: Adapter, values: State, strict: bool = True) -> None:
     expected |= dict(_once({f"train:{p}": d.parameter() for p, d in adapter.trained.items()}))
     for key, target in expected.items():
         _copy(target, left.pop(key, None), key, strict)
+    adapter.root.switch.change()  # an offset may have come
     if left and strict:
         first = sorted(left)[0]
         raise UserError(f"the state holds {first!r}, which this adapter has no place for{nearest(first, expected)}")
