@@ -1,0 +1,199 @@
+"""Faster, mathematically equal forms of known layers, swapped in for the length of a context.
+
+For the Llama family of transformers: RMSNorm, the gated MLP, and causal self-attention with rotary embedding. Each form
+looks at its module and its call, and where either is of another kind it runs the module's own forward. Outside of the
+context the model is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.models.fast_attention import additive, is_causal, rotary_attention
+from veneer.models.fast_linear import Plain, branch_of, linear_group
+from veneer.models.fast_mlp import gated_mlp, swiglu
+from veneer.models.fast_norm import rms_norm
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+# Attention whose forward is projections, rotary embedding, softmax, projection, and nothing between them.
+ATTENTION = ("Llama", "Mistral", "Qwen2")
+SILU = ("SiLU", "SiLUActivation")
+LONGEST = (
+    8192  # tokens of a row up to which attention runs as batched products; a block's scores take batch·heads·64·8192
+)
+
+
+@contextmanager
+def fast_forms(model: nn.Module, plain: Plain | None = None) -> Iterator[None]:
+    """Run the known layers of ``model`` in their fast forms, in train and eval mode alike.
+
+    Blocks under transformers' gradient checkpointing are recomputed in the same forms, after the context has ended too.
+
+    Args:
+        model: any module; what is not known runs as it is.
+        plain: ``plain(layer)`` gives (weight, bias, A, B, scale, dropout, seed[, gain]) of a linear layer on which one
+            plain low-rank pair acts, or None; see `veneer.numerics.lowrank.Branch`. Layers for which it gives None are
+            called as modules.
+    """
+    forms = _Forms(plain)
+    replayed = []
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            own = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = partial(_checkpointed, own, forms, module)
+            replayed.append((module, own))
+    try:
+        with forms.installed(model):
+            yield
+    finally:
+        for module, own in replayed:
+            module._gradient_checkpointing_func = own
+
+
+def _checkpointed(own: Callable, forms: _Forms, module: nn.Module, function: Callable, *args: Any) -> Any:
+    """Checkpoint a call that, when it is made again in backward, finds the forms in place."""
+
+    def run(*args: Any) -> Any:
+        with forms.installed(module):
+            return function(*args)
+
+    return own(run, *args)
+
+
+class _Forms:
+    """The forms of one pass, and what its calls share."""
+
+    def __init__(self, plain: Plain | None) -> None:
+        self.plain = plain
+        self.mask: tuple[Tensor, torch.dtype, Tensor | None] | None = None
+
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """Put the forms on the modules of ``model`` that have none; take off on leaving what was put on."""
+        mine = []
+        try:
+            for module in _within(model):
+                form = _FORMS.get(_kind(module))
+                if form is not None and "forward" not in module.__dict__:
+                    module.__dict__["forward"] = partial(form, self, module)
+                    mine.append(module)
+            yield
+        finally:
+            for module in mine:
+                del module.__dict__["forward"]
+
+    def added_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The mask of this pass to be added to scores, or None when it does not forbid the columns that come later.
+
+        Every layer gets the same mask, so it is made once.
+        """
+        if self.mask is None or self.mask[0] is not mask or self.mask[1] != dtype:
+            self.mask = (mask, dtype, additive(mask, dtype) if is_causal(mask) else None)
+        return self.mask[2]
+
+
+def _within(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules below ``model``, but for those that another package's checkpointing would run again without us."""
+    yield model
+    for child in model.children():
+        if type(child).__name__ != "CheckpointWrapper":
+            yield from _within(child)
+
+
+def _kind(module: nn.Module) -> str:
+    """``norm``, ``mlp`` or ``attention`` of a known family, else an empty string."""
+    cls = type(module)
+    if not cls.__module__.startswith("transformers.models."):
+        return ""
+    for ending, kind in (("RMSNorm", "norm"), ("MLP", "mlp"), ("Attention", "attention")):
+        if cls.__name__.endswith(ending):
+            known = ATTENTION if kind == "attention" else FAMILIES
+            return kind if cls.__name__.removesuffix(ending) in known else ""
+    return ""
+
+
+def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _in_one_precision(x: Tensor, *weights: Tensor) -> bool:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not autocast and x.is_floating_point() and all(w.dtype == x.dtype for w in weights)
+
+
+def _norm(forms: _Forms, module: nn.Module, x: Tensor) -> Tensor:
+    if not _in_one_precision(x, module.weight):
+        return _own(module, x)
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _mlp(forms: _Forms, module: nn.Module, x: Tensor) -> Tensor:
+    if type(module.act_fn).__name__ not in SILU or not _in_one_precision(x):
+        return _own(module, x)
+    layers = (module.gate_proj, module.up_proj, module.down_proj)
+    branches = [branch_of(m, forms.plain, x.dtype) for m in layers]
+    if None not in branches:
+        return gated_mlp(x, *branches)
+    if None not in branches[:2]:
+        gate, up = linear_group(x, branches[:2])
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(swiglu(gate, up))
+
+
+def _attention(
+    forms: _Forms,
+    module: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    x, mask = hidden_states, attention_mask
+    usable = _attention_fits(module, x, position_embeddings, past_key_values, kwargs)
+    if usable and mask is not None:
+        usable = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
+        mask = forms.added_mask(mask, x.dtype) if usable else None
+        usable = mask is not None
+    if not usable:
+        given = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
+        return _own(module, hidden_states=x, attention_mask=attention_mask, **given)
+    layers = (module.q_proj, module.k_proj, module.v_proj)
+    branches = [branch_of(m, forms.plain, x.dtype) for m in layers]
+    q, k, v = (m(x) for m in layers) if None in branches else linear_group(x, branches)
+    out = rotary_attention(q, k, v, *position_embeddings, mask, module.head_dim, module.scaling)
+    last = branch_of(module.o_proj, forms.plain, x.dtype)
+    return (module.o_proj(out) if last is None else linear_group(out, [last])[0]), None
+
+
+def _attention_fits(module: nn.Module, x: Tensor, turn: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is causal attention of a sequence on itself that the batched products serve.
+
+    Elsewhere than on the CPU torch's own kernels are faster.
+    """
+    time, config = x.shape[1], module.config
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return (
+        x.device.type == "cpu"
+        and _in_one_precision(x)
+        and turn is not None
+        and cache is None
+        and turn[0].dtype == x.dtype
+        and turn[0].shape[-1] == module.head_dim
+        and time <= LONGEST
+        and (window is None or time <= window)
+        and config._attn_implementation in ("sdpa", "eager")
+        and not (module.training and module.attention_dropout)
+        and not kwargs.get("output_attentions", config.output_attentions)
+    )
+
+
+_FORMS: dict[str, Callable[..., Any]] = {"norm": _norm, "mlp": _mlp, "attention": _attention}

@@ -1,0 +1,143 @@
+"""Rotary position embedding and causal attention as batched products, with grouped queries.
+
+Rows of one key–value group lie together, (time, query head) in turn, so that keys and values are never repeated; blocks
+of rows stop at their own last column, so that most of the masked half is never computed. The probabilities are kept in
+the compute precision while the sequence is short, and formed again in backward beyond.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+KEPT = 512  # longest sequence whose probabilities are kept: (query heads × length / 2) numbers a token
+BLOCK = 64  # fewest rows of a block; at most 8 blocks
+
+
+def rotary_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, head_dim: int, scale: float
+) -> Tensor:
+    """Softmax attention over rotated queries and keys.
+
+    Args:
+        q: ``(batch, time, heads · head_dim)``; k, v: ``(batch, time, key-value heads · head_dim)``, as projected.
+        cos, sin: ``(batch or 1, time, head_dim)``.
+        mask: additive ``(batch or 1, 1, time, time)``, causal as well, or None for causal attention alone.
+        scale: the factor on the scores.
+
+    Returns:
+        ``(batch, time, heads · head_dim)``.
+    """
+    return _RotaryAttention.apply(q, k, v, cos, sin, mask, head_dim, scale)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: look) as one that is added: 0 or the lowest finite number, so that a row that may look
+    nowhere stays a number."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    low = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether a mask (boolean, or additive) forbids every later column."""
+    look = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return not look.triu(1).any()
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x ∘ cos + rotate_half(x) ∘ sin``: x (batch, time, heads, head_dim), cos and sin broadcast to it."""
+    out = torch.empty_like(x)
+    (x1, x2), (c1, c2), (s1, s2), (o1, o2) = map(_halves, (x, cos, sin, out))
+    torch.mul(x1, c1, out=o1).addcmul_(x2, s1, value=-1)
+    torch.mul(x2, c2, out=o2).addcmul_(x1, s2)
+    return out
+
+
+def _rotate_back(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of `_rotate`'s ``x``."""
+    out = torch.empty_like(g)
+    (g1, g2), (c1, c2), (s1, s2), (o1, o2) = map(_halves, (g, cos, sin, out))
+    torch.mul(g1, c1, out=o1).addcmul_(g2, s2)
+    torch.mul(g2, c2, out=o2).addcmul_(g1, s1, value=-1)
+    return out
+
+
+def _by_group(x: Tensor, groups: int, head_dim: int) -> Tensor:
+    """``(batch, time, heads · head_dim)`` as ``(batch · groups, time · heads per group, head_dim)``."""
+    batch, time = x.shape[:2]
+    return x.reshape(batch, time, groups, -1).transpose(1, 2).reshape(batch * groups, -1, head_dim)
+
+
+def _by_time(x: Tensor, batch: int, time: int) -> Tensor:
+    """The inverse of `_by_group`: ``(batch, time, heads · head_dim)``."""
+    return x.reshape(batch, x.shape[0] // batch, time, -1).transpose(1, 2).reshape(batch, time, -1)
+
+
+def _blocks(time: int) -> list[tuple[int, int]]:
+    size = max(BLOCK, -(-time // 8))
+    return [(a, min(a + size, time)) for a in range(0, time, size)]
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, group: int, scale: float) -> Tensor:
+    """Of the times a … b: ``(batch · groups, (b − a) · group, b)``, from q ``(batch · groups, time · group, d)``."""
+    rows = q[:, a * group : b * group]
+    scores = torch.baddbmm(rows.new_zeros(()), rows, k[:, :b].transpose(1, 2), beta=0, alpha=scale)
+    by_time = scores.view(k.shape[0], b - a, group, b)
+    if mask is None:
+        later = torch.full((b - a, b - a), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+        by_time[..., a:].add_(later[:, None])
+    else:
+        batch = mask.shape[0]
+        by_time.view(batch, -1, b - a, group, b).add_(mask[:, :, a:b, None, :b])
+    return scores.softmax(-1)
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cos, sin, mask, head_dim, scale):
+        batch, time, width = q.shape
+        groups = k.shape[-1] // head_dim
+        group = width // (groups * head_dim)
+        turn = (cos[:, :, None], sin[:, :, None])
+        Q = _by_group(_rotate(q.view(batch, time, -1, head_dim), *turn), groups, head_dim)
+        K = _by_group(_rotate(k.view(batch, time, -1, head_dim), *turn), groups, head_dim)
+        V = _by_group(v, groups, head_dim)
+        out = torch.empty_like(Q)
+        kept = []
+        for a, b in _blocks(time):
+            P = _probabilities(Q, K, mask, a, b, group, scale)
+            torch.bmm(P, V[:, :b], out=out[:, a * group : b * group])
+            if time <= KEPT:
+                kept.append(P)
+        ctx.save_for_backward(Q, K, V, cos, sin, mask, *kept)
+        ctx.shape, ctx.scale = (batch, time, groups, group, head_dim), scale
+        return _by_time(out, batch, time)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        Q, K, V, cos, sin, mask, *kept = ctx.saved_tensors
+        batch, time, groups, group, head_dim = ctx.shape
+        scale = ctx.scale
+        g = _by_group(grad, groups, head_dim)
+        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        for i, (a, b) in enumerate(_blocks(time)):
+            rows = slice(a * group, b * group)
+            P = kept[i] if kept else _probabilities(Q, K, mask, a, b, group, scale)
+            dV[:, :b].baddbmm_(P.transpose(1, 2), g[:, rows])
+            dP = torch.bmm(g[:, rows], V[:, :b].transpose(1, 2))
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+            torch.baddbmm(dQ.new_zeros(()), dS, K[:, :b], beta=0, alpha=scale, out=dQ[:, rows])
+            dK[:, :b].baddbmm_(dS.transpose(1, 2), Q[:, rows], alpha=scale)
+        turn = (cos[:, :, None], sin[:, :, None])
+        q = _rotate_back(_by_time(dQ, batch, time).view(batch, time, -1, head_dim), *turn)
+        k = _rotate_back(_by_time(dK, batch, time).view(batch, time, -1, head_dim), *turn)
+        return q.flatten(2), k.flatten(2), _by_time(dV, batch, time), None, None, None, None, None

@@ -1,0 +1,86 @@
+"""The gated MLP ``down(silu(gate(x)) · up(x))`` as one autograd function that keeps ``x``, gate and up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.models.fast_linear import TENSORS, facts, flat, in_order, keep_only, unflat, wanted
+from veneer.numerics import lowrank
+from veneer.numerics.lowrank import Branch
+
+
+def gated_mlp(x: Tensor, gate: Branch, up: Branch, down: Branch) -> Tensor:
+    """``down(silu(gate(x)) · up(x))`` for ``x (…, in)``: the product, which ``down`` takes in, is formed again in
+    backward and never kept."""
+    branches = (gate, up, down)
+    return _GatedMLP.apply(x, facts(branches), *flat(branches))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``, keeping gate and up alone."""
+    return _SwiGLU.apply(gate, up)
+
+
+def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up; ``active = silu(gate)``. Writes over ``active``."""
+    grad_up = active.mul_(grad)
+    return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return _swiglu_gradients(grad, gate, up, F.silu(gate))
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, facts, *tensors):
+        branches = unflat(facts, tensors)
+        rows = x.reshape(-1, x.shape[-1])
+        (gate, up), hs, zs = lowrank.run(rows, branches[:2])
+        product = F.silu(gate).mul_(up)
+        (y,), (h,), (z,) = lowrank.run(product, branches[2:])
+        need = wanted(ctx.needs_input_grad[2:])
+        hs = keep_only([*hs, h], [n[2] for n in need])
+        # Where there is a gain, what stood before it is kept in place of what came out.
+        kept = [t if before is None else before for t, before in zip((gate, up), zs)]
+        ctx.facts = facts
+        ctx.save_for_backward(x, *kept, z if need[2][3] else None, *hs, *tensors)
+        return y.view(x.shape[:-1] + y.shape[-1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *rest = ctx.saved_tensors
+        kept, z, hs, tensors = rest[:2], rest[2], rest[3:6], rest[6:]
+        assert len(tensors) == 3 * TENSORS
+        branches, need = unflat(ctx.facts, tensors), wanted(ctx.needs_input_grad[2:])
+        zs = [None if b.gain is None else t for b, t in zip(branches, kept)]
+        gate, up = (t if b.gain is None else _finished(t, b) for t, b in zip(kept, branches))
+        active = F.silu(gate)
+        product = active * up
+        g = grad.reshape(-1, grad.shape[-1])
+        inner, last = lowrank.gradients(product, branches[2:], [g], hs[2:], [z], True, need[2:])
+        del product
+        grads = _swiglu_gradients(inner, gate, up, active)
+        del inner, active, gate, up
+        rows = x.reshape(-1, x.shape[-1])
+        grad_x, first = lowrank.gradients(rows, branches[:2], grads, hs[:2], zs, ctx.needs_input_grad[0], need[:2])
+        return (None if grad_x is None else grad_x.view(x.shape)), None, *in_order([*first, *last])
+
+
+def _finished(z: Tensor, branch: Branch) -> Tensor:
+    """The output of a branch from what stood before its gain."""
+    y = lowrank.gained(z, branch.gain)
+    return y if branch.bias is None else y.add_(branch.bias.to(y.dtype))
