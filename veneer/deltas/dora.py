@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapted import Base
-from veneer.numerics.chance import kaiming_uniform
 from veneer.core.delta import Delta, LoRAForm, Pair, Slot
-from veneer.fields import At
 from veneer.core.registry import PeftMap, method
+from veneer.fields import At
+from veneer.numerics.chance import kaiming_uniform
 from veneer.numerics.norms import row_norms, row_squares
 
 

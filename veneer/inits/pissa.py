@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from veneer.core.evidence import Evidence
-from veneer.fields import At
 from veneer.core.hook import Init
 from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
+from veneer.fields import At
 from veneer.numerics.svd import randomized_svd, truncated_svd
 
 
