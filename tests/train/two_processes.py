@@ -1,0 +1,84 @@
+"""A run on the processes it was launched on; the first prints the losses and the trained vector as JSON.
+
+``data``: ``fit``. ``ddp``: the user's own loop around DistributedDataParallel. ``shard-first`` and ``attach-first``:
+``fit`` on a model under torch's fully_shard, sharded before or after the adapter is attached.
+"""
+
+import json
+import sys
+
+import torch
+from small_runs import collated, encoded, llama
+
+STEPS, SIZE = 4, 4
+
+
+def attached(model):
+    import veneer
+
+    return veneer.attach(model, "lora", rank=4)
+
+
+def by_fit(adapter, **changes):
+    from veneer.train.loop import fit
+
+    given = {"batch_size": SIZE, "accumulate": 2, "lr": 1e-2, "clip": 0.1, "precision": "fp32", "display": False}
+    run = fit(adapter, encoded(29), eval_data=encoded(5, 2), steps=STEPS, **given | changes)
+    return {"losses": run.losses, "held_out": run.held_out}
+
+
+def by_ddp(adapter):
+    """Each process takes every second row; the gradient is of the mean over the rows of both."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from veneer.train.loss import LossModule
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    wrapped = DistributedDataParallel(LossModule(adapter.model.train()))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for batch in collated(encoded(16), SIZE):
+        mine = {k: v[rank::world] for k, v in batch.items()}
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        loss = wrapped(mine, reduction="sum") * world / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.distributed.all_reduce(loss.detach_())
+        losses.append(float(loss) / world)
+    return {"losses": losses}
+
+
+def sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def outcome(kind):
+    model = llama()
+    if kind == "shard-first":
+        model = sharded(model)
+    adapter = attached(model)
+    if kind == "attach-first":
+        sharded(model)
+    found = by_ddp(adapter) if kind == "ddp" else by_fit(adapter)
+    full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in adapter.parameters()]
+    return found | {"vector": torch.cat([p.detach().reshape(-1) for p in full]).tolist()}
+
+
+def main(kinds):
+    from accelerate import PartialState
+
+    state = PartialState(cpu=True)
+    torch.set_num_threads(1)
+    found = {kind: outcome(kind) for kind in kinds} | {"world": state.num_processes}
+    if state.is_main_process:
+        print(json.dumps(found), flush=True)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
