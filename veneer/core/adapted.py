@@ -140,18 +140,15 @@ class Adapted:
             return cached[1]
         whole: list[Link] = []
         rows: list[Delta] = []
-        tensors: list[tuple[Delta, bool]] = []
+        tensors: list[Delta] = []
         for name in switch.names:
-            on = name not in switch.off
             for key, delta in self.veneer.items():
                 if key.partition(":")[0] != name:
                     continue
-                if isinstance(delta, Written):
-                    tensors.append((delta, on))
-                elif name in switch.folded or not on:
+                if name in switch.folded or name in switch.off:
                     continue
-                elif delta.site.name is not None:
-                    tensors.append((delta, on))
+                if delta.site.name is not None:
+                    tensors.append(delta)
                 elif delta.site.rows is not None:
                     rows.append(delta)
                 else:
@@ -179,20 +176,19 @@ def _run_rows(module: nn.Module, deltas: tuple[Delta, ...], args: tuple, kwargs:
 
 
 @contextmanager
-def _replaced(module: nn.Module, tensors: tuple[tuple[Delta, bool], ...]):
+def _replaced(module: nn.Module, tensors: tuple[Delta, ...]):
     """Compute with other values in place of parameters for the length of one forward."""
     before = {}
-    for delta, on in tensors:
+    for delta in tensors:
         name = delta.site.name
         p = module._parameters[name]
+        like = p if p is not None else next(module.parameters(recurse=False))
         if isinstance(delta, Written):
-            value = delta.value(on)
+            value = delta.parameter()
         else:
-            like = p if p is not None else next(module.parameters(recurse=False))
-            value = (delta.weight(p) if p is None else p + delta.weight(p)).to(like.dtype)
-        if value is not None:
-            before.setdefault(name, p)
-            module._parameters[name] = value
+            value = delta.weight(p) if p is None else p + delta.weight(p)
+        before.setdefault(name, p)
+        module._parameters[name] = value.to(like.dtype)
     try:
         yield
     finally:

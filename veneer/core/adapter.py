@@ -131,8 +131,7 @@ class Adapter:
         """The trained tensors in a stable order, each once: sites, shared, hooks, then ``train``."""
         every: list[tuple[str, nn.Parameter]] = []
         for path, d in self.deltas.items():
-            own = [("value", d.parameter())] if isinstance(d, Written) else d.named_parameters()
-            every += [(f"{path}.{n}", p) for n, p in own]
+            every += [(f"{path}.{n}", p) for n, p in d.named_parameters()]
         if self.shared is not None:
             every += [(f"shared.{n}", p) for n, p in self.shared.named_parameters()]
         every += [(f"hook:{h.name}.{n}", p) for h in self.hooks for n, p in h.parameters().items()]
@@ -170,9 +169,9 @@ class Adapter:
         """Hang one delta on its module; ``trained`` marks a base tensor that trains as it is."""
         if isinstance(delta, Written):
             every = [w for a in self.root.adapters.values() for w in a.every().values() if isinstance(w, Written)]
-            owners = [w for w in every if w.parameter() is delta.parameter()]
+            owners = [w for w in every if w.base_tensor() is delta.base_tensor()]
             first = next((w for w in owners if w.adapter_name == self.name), None)
-            delta.take(owners[0].home_dtype if owners else None, first)
+            delta.begin(first, owners[-1] if owners else None)
         delta.train(delta.site.module.training)
         adapted.swap_in(delta.site.module, self._key(delta), delta, self.root.switch)
         (self.trained if trained else self.deltas)[path] = delta
@@ -187,11 +186,9 @@ class Adapter:
         part = delta.site.role if delta.site.rows is not None else (delta.site.name or "")
         return f"{self.name}:{part}" if part else self.name
 
-    def remove(self, restore: bool) -> None:
-        """Take everything off the model; ``restore`` puts base tensors that trained back to their old values."""
+    def remove(self) -> None:
+        """Take everything off the model."""
         for d in self.every().values():
-            if isinstance(d, Written):
-                d.release(restore)
             self.drop(d)
         root, shared = self.root, self.model._modules.get("veneer_shared")
         del root.adapters[self.name]

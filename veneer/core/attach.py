@@ -82,7 +82,7 @@ def attach(
                 h.settle(adapter, batches)
         announce(adapter, schedule)
     except Exception:
-        adapter.remove(restore=True)
+        adapter.remove()
         raise
     if not keep_base:
         _drop_base(adapter)
@@ -181,7 +181,7 @@ def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
     new = getattr(model, "get_output_embeddings", lambda: None)() is None and hasattr(model, "config")
     if head is not None and new:
         own = {id(p) for p in head.parameters()}
-        chosen += [n for n, p in model.named_parameters() if id(p) in own]
+        chosen += [n for n, p in model.named_parameters() if id(p) in own and ".veneer." not in f".{n}"]
     chosen += [n for group in architecture.tied(model) if set(group) & set(chosen) for n in group]
     return list(dict.fromkeys(chosen))
 
@@ -224,10 +224,10 @@ def build(
         pools = _shared(adapter)
         for site in kept:
             adapter.hang(site.path, _delta(adapter, site, plan.get(site.path) or {}, pools))
-        for path in tensors:
+        for path in (t for t in tensors if t not in adapter.deltas):
             adapter.hang(path, Written(parameter_site(model, path), seed=seed, adapter=name), trained=True)
     except Exception:
-        adapter.remove(restore=True)
+        adapter.remove()
         raise
     product = next((h.product for h in hooks if _brings(h, "product")), None)
     for d in adapter.deltas.values() if product is not None else ():

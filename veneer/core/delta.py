@@ -303,56 +303,42 @@ class Offset(nn.Module):
 
 
 class Written(Delta):
-    """A base tensor that trains as it is: the site is one tensor, the undo record its value at attaching.
+    """A base tensor that trains as it is: the site is one tensor, an fp32 ``value`` stands for it in every forward.
 
-    A half-precision tensor becomes an fp32 master, and the layer computes with its cast. The file holds the trained
-    values, which come back bit for bit where differences would not.
+    The layer computes with the value in its own precision; the base's own tensor stays untouched and is the undo
+    record. The file holds the trained values, which come back bit for bit where differences would not. The second owner
+    of a tied tensor shares the value of the first.
     """
 
     layers = ("parameter",)
 
-    def parameter(self) -> nn.Parameter:
+    def base_tensor(self) -> nn.Parameter:
         """The base's own tensor; raises UserError where the layer stores none of that name."""
         p = self.site.module._parameters.get(self.site.name)
         if p is None:
             raise UserError(f"{self.site.path} cannot train as it is: the layer holds no such parameter")
         return p
 
-    def take(self, home: torch.dtype | None = None, first: Written | None = None) -> None:
-        """Start training the tensor, an fp32 master in its place.
+    def begin(self, first: Written | None, beneath: Written | None) -> None:
+        """Start from ``beneath``, what another adapter trained of it, or from the base; or share with ``first``."""
+        self._first = (first,)
+        if first is None:
+            start = self.base_tensor() if beneath is None else beneath.parameter()
+            self.set_tensor("value", start.detach().float().clone(), trained=True)
 
-        ``home`` is the type the layer computes in when another adapter holds a master already; ``first`` this adapter's
-        record of the same tensor at another owner (tied weights).
-        """
-        p = self.parameter()
-        self.first = first
-        if first is not None:
-            self.home_dtype, self.required_grad, self.old = first.home_dtype, first.required_grad, first.old
-            return
-        self.home_dtype, self.required_grad = home or p.dtype, p.requires_grad
-        half = p.is_floating_point() and p.dtype != torch.float32
-        self.old = p.data if half else p.data.clone()
-        if half:
-            p.data = p.data.float()
-        p.requires_grad_(True)
+    @property
+    def home_dtype(self) -> torch.dtype:
+        """The type the layer computes in: the base tensor's."""
+        return self.base_tensor().dtype
 
-    def release(self, restore: bool) -> None:
-        """Give the tensor back: as it was, bit for bit, or with what it learned."""
-        p = self.parameter()
-        p.data, p.grad = (self.old if restore else p.data.to(self.home_dtype)), None
-        p.requires_grad_(self.required_grad)
-
-    def value(self, active: bool) -> Tensor | None:
-        """The tensor the layer computes with, or None when it is the one in place."""
-        p = self.parameter()
-        if not active:
-            return self.old.to(self.home_dtype)
-        return None if p.dtype == self.home_dtype else p.to(self.home_dtype)
+    def parameter(self) -> nn.Parameter:
+        """The trained value."""
+        return self.value if self._first[0] is None else self._first[0].value
 
     def weight(self, W: Tensor | None = None) -> Tensor:
         """The change since attaching."""
-        return self.parameter().detach().float() - self.old.float()
+        return self.parameter().detach() - self.base_tensor().float()
 
     def parameter_count(self) -> int:
         """The tensor's size; of a tensor with two owners, at the first."""
-        return self.parameter().numel() if self.first is None else 0
+        return self.base_tensor().numel() if self._first[0] is None else 0

@@ -29,8 +29,8 @@ class Full(Written):
     No defaults of its own; rates are 1e-5 to 5e-5 for models above 100 M parameters, with or without decay 0.01–0.1.
     AdamW's decay pulls W to 0 and not to the base.
 
-    A half-precision tensor gets an fp32 master and computes in its own precision; the old values are kept, so
-    disabling and detaching are exact. A tensor that several layers share (tied embeddings) trains once, counts once,
+    The trained values are in fp32 and the layer computes in its own precision; the base's own stay, so disabling and
+    detaching are exact. A tensor that several layers share (tied embeddings) trains once, counts once,
     and changes for all of them, whichever was selected. A projection that fuses several roles trains whole, so a
     selection of some of its roles is refused.
     """

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.delta import Written
 from veneer.core.site import Site, site_at, stored
 from veneer.errors import UserError
 from veneer.io.files import staged
-from veneer.io.plain import whole_tensors
+from veneer.io.plain import trained_in_place, whole_tensors
 from veneer.models import architecture
 from veneer.parts.folding import folded_weights
 
@@ -58,7 +57,7 @@ def write(
     blank = _blank(model)
     tensors = merged_tensors(adapter, blank)
     _check_places(blank, tensors)
-    kept = dtype or _home_types(adapter)[None]
+    kept = dtype or _type(model)
     tensors = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
     with staged(directory, last=("config.json",), replaces=WEIGHTS) as scratch, _config(model, tensors) as config:
         with _quiet():
@@ -84,31 +83,28 @@ def merged_tensors(adapter: Adapter, blank: nn.Module) -> dict[str, Tensor]:
         adapter: whose model is meant.
         blank: the same architecture, whose layers say how a weight is laid out.
     """
-    model, types = adapter.model, _home_types(adapter)
-    out = {n: t.to(types.get(n, t.dtype)) for n, t in model.state_dict().items()}
+    with trained_in_place(adapter):
+        out = _dense(adapter.model, blank)
+        out |= whole_tensors(adapter)
+        fresh: set[str] = set()
+        for site, W, b in folded_weights(adapter):
+            if site.name is None:
+                layer = site_at(blank, site.module_path)
+                _put(out, f"{site.module_path}.weight", layer, site.rows, _laid(layer, W), fresh)
+                if b is not None:
+                    _put(out, f"{site.module_path}.bias", layer, site.rows, b, fresh)
+    return out
+
+
+def _dense(model: nn.Module, blank: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict, layers in another storage dense."""
+    out = dict(model.state_dict())
     for path, module in architecture.named_modules(model):
         dequantise = stored(module)
         if dequantise is not None:
             for key in [k for k in out if k.startswith(f"{path}.") and k != f"{path}.bias"]:
                 del out[key]
-            out[f"{path}.weight"] = _laid(site_at(blank, path), dequantise(module).detach()).to(types[None])
-    out |= whole_tensors(adapter)
-    fresh: set[str] = set()
-    for site, W, b in folded_weights(adapter):
-        if site.name is not None:
-            continue
-        layer = site_at(blank, site.module_path)
-        name = f"{site.module_path}.weight"
-        dtype = out[name].dtype if name in out else types[None]
-        if site.rows is None:
-            out[name] = _laid(layer, W).to(dtype).contiguous()
-        else:
-            _put_rows(out, name, layer, site.rows, W, fresh, dtype)
-        name = f"{site.module_path}.bias"
-        if b is not None and site.rows is None:
-            out[name] = b.to(dtype)
-        elif b is not None:
-            _put_rows(out, name, layer, site.rows, b, fresh, dtype)
+            out[f"{path}.weight"] = _laid(site_at(blank, path), dequantise(module).detach()).to(_type(model))
     return out
 
 
@@ -119,26 +115,23 @@ def _laid(layer: Site, W: Tensor) -> Tensor:
     return W.T if layer.transposed else W
 
 
-def _put_rows(
-    out: dict[str, Tensor], name: str, layer: Site, rows: slice, value: Tensor, fresh: set[str], dtype: torch.dtype
-) -> None:
-    """Set a row range of the dense view, in a copy of the tensor that is made once."""
+def _put(out: dict[str, Tensor], name: str, layer: Site, rows: slice | None, value: Tensor, fresh: set[str]) -> None:
+    """Set a tensor of the state dict; of a row range of the dense view, in a copy of it that is made once."""
+    dtype = out[name if name in out else f"{layer.path}.weight"].dtype
+    if rows is None:
+        out[name] = value.to(dtype).contiguous()
+        return
     if name not in fresh:
         fresh.add(name)
         out[name] = out[name].clone() if name in out else torch.zeros(layer.out_features, dtype=dtype)
-    dense = out[name].T if out[name].ndim == 2 and layer.transposed else out[name]
-    dense[rows] = value.to(dtype)
+    turned = value.ndim == 2 and layer.transposed
+    out[name][(slice(None), rows) if turned else rows] = value.to(dtype)
 
 
-def _home_types(adapter: Adapter) -> dict[str | None, torch.dtype]:
-    """The types of tensors before any was upcast to train, by name; under None that of the base as a whole."""
-    home = {id(d.parameter()): d.home_dtype for d in adapter.every().values() if isinstance(d, Written)}
-    named = adapter.model.named_parameters(remove_duplicate=False)
-    types: dict[str | None, torch.dtype] = {
-        n: home.get(id(p), p.dtype) for n, p in named if "veneer" not in n.split(".")
-    }
-    types[None] = next((t for t in types.values() if t.is_floating_point), torch.float32)
-    return types
+def _type(model: nn.Module) -> torch.dtype:
+    """The type of the base as a whole."""
+    named = ((n, p) for n, p in model.named_parameters() if "veneer" not in n.split("."))
+    return next((p.dtype for _, p in named if p.is_floating_point()), torch.float32)
 
 
 @contextmanager
@@ -179,6 +172,6 @@ def _check_places(blank: nn.Module, tensors: dict[str, Tensor]) -> None:
     lost = sorted(tensors.keys() - blank.state_dict().keys())
     if lost:
         raise UserError(
-            f"folding made {lost[0]}, for which {type(blank).__name__} has no place; bake() the adapter and keep the model "
-            "in memory, or save the adapter itself"
+            f"folding made {lost[0]}, for which {type(blank).__name__} has no place; bake() the adapter and keep "
+            "the model in memory, or save the adapter itself"
         )

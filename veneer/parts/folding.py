@@ -20,11 +20,11 @@ Undo = dict[tuple[nn.Module, str], Tensor | None]
 def folded_weights(adapter: Adapter) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
     """(site, W', b') in fp32 for each site, this adapter alone; raises UserError where a form cannot fold.
 
-    Base tensors that train as they are hold their change already and are left out;
-    at a parameter site W' is the tensor.
+    At a parameter site W' is the tensor; base tensors that train as they are are among these.
     """
-    for d in adapter.deltas.values():
+    for d in adapter.every().values():
         if isinstance(d, Written):
+            yield d.site, d.parameter().detach(), None
             continue
         if not d.folds:
             why = d.reasons.get("folds", "its change is not a matrix")

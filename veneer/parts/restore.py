@@ -57,7 +57,7 @@ def attach_from(
         core.announce(adapter, None)
         load_state(adapter, state)
     except Exception:
-        adapter.remove(restore=True)
+        adapter.remove()
         raise
     adapter.start_phase()
     return adapter

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.delta import Delta, Offset, Pair, Written
+from veneer.core.delta import Delta, Offset, Pair
 from veneer.errors import UserError, nearest
 
 State = dict[str, Tensor]
@@ -34,8 +34,6 @@ def state(adapter: Adapter) -> State:
 
 def delta_state(delta: Delta) -> State:
     """The saved tensors of one delta, with the numbers ``scale`` and ``offset.scale`` as fp64 scalars."""
-    if isinstance(delta, Written):
-        return {"value": delta.parameter()}
     out = _saved(delta)
     if delta.pair() is not None:
         out["scale"] = torch.tensor(delta.scale, dtype=torch.float64)
@@ -57,13 +55,7 @@ def load_state(adapter: Adapter, values: State, strict: bool = True) -> None:
             left[key] = value
         else:
             groups[path][key[len(path) + 1 :]] = value
-    seen: set[int] = set()
     for path, d in adapter.deltas.items():
-        if isinstance(d, Written):
-            if id(d.parameter()) not in seen:
-                seen.add(id(d.parameter()))
-                _copy(d.parameter(), groups[path].get("value"), f"{path}.value", strict)
-            continue
         load_delta(d, path, groups[path], strict)
     expected: State = {} if adapter.shared is None else {f"shared.{n}": t for n, t in _saved(adapter.shared).items()}
     for hook in adapter.hooks:
