@@ -24,13 +24,19 @@ Run = Callable[..., Any]  # run(batch, adapter="on" | "off" | state) → the mod
 
 @dataclass(frozen=True)
 class Schedule:
-    """What only the run knows: the number of optimiser steps, the rate, the warm-up (steps) and the shape."""
+    """What only the run knows: the number of optimiser steps, the rate, the warm-up (steps) and the shape.
+
+    Besides: micro-batches a step, the norm that gradients are clipped to, and the number of processes.
+    """
 
     steps: int
     lr: float = 2e-4
     warmup: int = 0
     kind: Literal["linear", "cosine", "constant", "inverse-sqrt"] = "linear"
     floor: float = 0.0
+    accumulate: int = 1
+    clip: float | None = None
+    processes: int = 1
 
     def factor(self, step: int, start: int = 0) -> float:
         """The share of ``lr`` at optimiser step ``step`` (from 0) for a group whose clock began at ``start``."""
@@ -65,7 +71,8 @@ class Hook(Fields):
 
     axis: ClassVar[str] = ""
     adapter: Adapter
-    seed: int = 0
+    seed: ClassVar[int] = 0  # set on the instance by attach
+    usual_rate: ClassVar[float | None] = None  # the learning rate the method lives on when that is not the form's
 
     def __init__(self, **fields: Any) -> None:
         self.set_fields(fields)

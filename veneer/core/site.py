@@ -247,6 +247,19 @@ def find_sites(model: nn.Module, select: Select = "linear") -> list[Site]:
     return [s for i, s in enumerate(sites) if i in keep]
 
 
+def require_whole(site: Site, sites: list[Site], who: str) -> None:
+    """Refuse a selection of only some roles of a fused projection, for a form that changes whole tensors."""
+    if site.rows is None:
+        return
+    taken = sum(s.rows.stop - s.rows.start for s in sites if s.module is site.module)
+    rows = site.module.weight.shape[1 if site.transposed else 0]
+    if taken < rows:
+        raise UserError(
+            f"{who}: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows are "
+            f"selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
+        )
+
+
 def _matches(site: Site, name: str, model: nn.Module) -> bool:
     head = architecture.head(model)
     words = {

@@ -48,11 +48,13 @@ def fold(adapter: Adapter) -> Undo:
     """
     _check(adapter)
     undo: Undo = {}
-    for site, W, b in list(folded_weights(adapter)):
-        m = site.module
+    new = list(folded_weights(adapter))
+    for site, _, _ in new:
         for name in (site.name,) if site.name is not None else ("weight", "bias"):
-            p = m._parameters.get(name)
-            undo.setdefault((m, name), None if p is None else p.detach().clone())
+            p = site.module._parameters.get(name)
+            undo.setdefault((site.module, name), None if p is None else p.detach().clone())
+    for site, W, b in new:
+        m = site.module
         if site.name is not None:
             _write(m, site.name, W)
             continue
