@@ -42,7 +42,7 @@ def loaded(directory: Path, kind: str):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*merging LoRA weights won't be possible")
         return PeftModel.from_pretrained(make(kind).model, str(directory))
 
 

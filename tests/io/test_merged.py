@@ -33,6 +33,9 @@ def reload(kind, path):
         ("bert", "lora-bias(rank=4)", "attention"),
         ("gpt2", "lora-bias(rank=4)", ["q", "down"]),
         ("vit", "lora(rank=4)", "conv"),
+        ("llama", "lora(rank=4)+nf4", "linear"),
+        ("gpt2", "lora(rank=4)+nf4", "linear"),
+        ("llama", "full", "attention"),
     ],
 )
 def test_the_merged_model_gives_the_adapted_models_outputs(kind, recipe, sites, tmp_path):
@@ -74,6 +77,40 @@ def test_a_tie_that_no_fold_touches_stays(tmp_path):
     adapter.export(tmp_path / "m", format="merged")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is True
     torch.testing.assert_close(run(reload("llama", tmp_path / "m"), case.batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_half_precision_tensor_that_trained_stays_one_tensor_of_its_type(tmp_path):
+    case = tied_case()
+    case.model.bfloat16()
+    adapter = veneer.attach(case.model, "lora(rank=4)", train=["model.embed_tokens.weight"])
+    shake(case.model, 0.1)
+    adapter.export(tmp_path / "m", format="merged")
+    again = reload("llama", tmp_path / "m")
+    assert again.config.tie_word_embeddings and again.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, adapter.trained["model.embed_tokens.weight"].parameter().bfloat16())
+
+
+@pytest.mark.parametrize("recipe", ["lora(rank=4)", "lora-bias(rank=4)"])
+def test_a_trained_bias_beside_factors_is_kept(recipe, tmp_path):
+    case = make("bert")
+    adapter = veneer.attach(case.model, recipe, sites="attention", train=["*.query.bias", "*.dense.bias"])
+    shake(case.model)
+    adapter.export(tmp_path / "m", format="merged")
+    wanted = run(case.model, case.batch)
+    torch.testing.assert_close(run(reload("bert", tmp_path / "m"), case.batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folded_adapter_is_written_the_same_and_stays_folded(tmp_path):
+    case = make("llama")
+    adapter = veneer.attach(case.model, "dora(rank=4)")
+    shake(case.model)
+    adapter.export(tmp_path / "m", format="merged")
+    adapter.fold()
+    folded = run(case.model, case.batch)
+    adapter.export(tmp_path / "f", format="merged")
+    first, second = (tmp_path / d / "model.safetensors" for d in "mf")
+    assert first.read_bytes() == second.read_bytes()
+    assert torch.equal(run(case.model, case.batch), folded)
 
 
 def test_weights_keep_the_type_of_the_base_or_take_the_one_asked_for(tmp_path):

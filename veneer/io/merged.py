@@ -119,7 +119,7 @@ def _put(out: dict[str, Tensor], name: str, layer: Site, rows: slice | None, val
     """Set a tensor of the state dict; of a row range of the dense view, in a copy of it that is made once."""
     dtype = out[name if name in out else f"{layer.path}.weight"].dtype
     if rows is None:
-        out[name] = value.to(dtype).contiguous()
+        out[name] = value.detach().to(dtype).contiguous()
         return
     if name not in fresh:
         fresh.add(name)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
-from veneer.models.fingerprint import base_fingerprint
 from veneer.core.site import Site, all_sites, site_at
 from veneer.errors import UserError, nearest
 from veneer.fields import fields_of
@@ -23,6 +22,7 @@ from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
 from veneer.io.peft_start import starts
 from veneer.io.peft_tensors import Content, check_layer, ending, sort, to_dense
 from veneer.models import architecture
+from veneer.models.fingerprint import base_fingerprint
 from veneer.parts.restore import attach_from
 
 

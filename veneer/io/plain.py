@@ -6,7 +6,8 @@ site become one pair (their updates add up, so their factors stack), and the row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +46,8 @@ def plain_factors(adapter: Adapter, target: str) -> list[Factors]:
 
     Raises UserError, with the nearest offer, where the change is not plain LoRA; ``target`` says what it was for.
     """
-    return _by_layer(adapter, lambda delta: _as_lora(delta, target), target)
+    with trained_in_place(adapter):
+        return _by_layer(adapter, lambda delta: _as_lora(delta, target), target)
 
 
 def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[Factors]:
@@ -59,7 +61,8 @@ def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[
             A, B, scale = stack([(A, B, scale), delta.offset.pair()])
         return Factors(delta.site, A, B, scale, extras)
 
-    return _by_layer(adapter, own, target)
+    with trained_in_place(adapter):
+        return _by_layer(adapter, own, target)
 
 
 @torch.no_grad()
@@ -112,6 +115,20 @@ def _by_layer(adapter: Adapter, form: Callable[[Delta], Factors], target: str) -
             )
         layers.setdefault(delta.site.module_path, []).append(form(delta))
     return [_whole(adapter, path, parts) for path, parts in layers.items()]
+
+
+@contextmanager
+def trained_in_place(adapter: Adapter) -> Iterator[None]:
+    """With the base tensors that train holding their trained values, which is what lies beneath the other deltas."""
+    tensors = [(d.base_tensor(), d.parameter()) for d in adapter.every().values() if isinstance(d, Written)]
+    before = [p.data for p, _ in tensors]
+    try:
+        for p, value in tensors:
+            p.data = value.detach().to(p.dtype)
+        yield
+    finally:
+        for (p, _), old in zip(tensors, before):
+            p.data = old
 
 
 def _whole(adapter: Adapter, path: str, parts: list[Factors]) -> Factors:
