@@ -255,8 +255,8 @@ def require_whole(site: Site, sites: list[Site], who: str) -> None:
     rows = site.module.weight.shape[1 if site.transposed else 0]
     if taken < rows:
         raise UserError(
-            f"{who}: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows are "
-            f"selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
+            f"{who}: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows "
+            f"are selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
         )
 
 
