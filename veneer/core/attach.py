@@ -92,6 +92,9 @@ def attach(
 
 def announce(adapter: Adapter, schedule: Schedule | None) -> None:
     """Tell every hook that the adapter stands."""
+    for part in adapter.recipe.on("optim"):
+        if "pair" in part.method.wants and not any(adapter.pairs()):
+            raise UserError(f"{part.method.name} moves trained factors in pairs; {adapter.recipe} has none")
     for h in adapter.hooks:
         h.schedule = schedule
         h.on_attach(adapter)
@@ -215,6 +218,8 @@ def build(
         storage = part.method.cls(**part.fields)
         for site in storage.places([s for s in find_sites(model, "linear") if not stored(s.module)]):
             site.module.__dict__.setdefault("_veneer_digests", digests(site.module))
+            for h in (h for h in hooks if isinstance(h, Init)):
+                h.before_conversion(site, storage)
             storage.convert(site)
     root.adapters[name] = adapter
     root.switch.change(names=(*root.switch.names, name))

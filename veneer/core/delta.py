@@ -243,10 +243,10 @@ class Delta(Fields, nn.Module):
         mask = keep_mask(self.draw_seed(), (x[..., 0].numel(), x.shape[-1]), p, x.dtype, x.device)
         return x * mask.view(x.shape).div_(1 - p)
 
-    def run(self, x: Tensor, base: Base) -> Tensor:
+    def run(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
         if not (base.fusable and self.is_plain()):
-            return self.forward(x, base)
+            return self.forward(x, base, *args, **kwargs)
         p = self.active_dropout()
         seed = self.draw_seed() if p else None
         A, B, scale = self.pair()

@@ -152,6 +152,9 @@ class Init(Hook):
         """Tensors by role for one site; roles left out keep the delta's own start."""
         raise NotImplementedError
 
+    def before_conversion(self, site: Site, storage: Storage) -> None:
+        """The layer at ``site`` is about to be converted: look at W, or write what shall be stored."""
+
     def settle(self, adapter: Adapter, batches: Iterable[Any]) -> None:
         """Measure and rescale once all sites are set."""
 

@@ -99,7 +99,8 @@ class _LowRankLinear(torch.autograd.Function):
         with _as_given(x):
             (y,), (h,), (z,) = lowrank.run(_rows(x, ctx.dtype), [_branch(ctx, weight, bias, A, B, gain)])
         need = ctx.needs_input_grad
-        ctx.save_for_backward(x, weight, bias, A, B, gain, h if need[4] else None, z if need[5] else None)
+        kept = x if need[3] else x.new_empty(()).expand(x.shape)  # without a gradient of A its shape is enough
+        ctx.save_for_backward(kept, weight, bias, A, B, gain, h if need[4] else None, z if need[5] else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
