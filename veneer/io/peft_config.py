@@ -38,6 +38,21 @@ UNDERSTOOD = frozenset(
     ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
     + ("modules_to_save", "bias", "use_rslora", "init_lora_weights", "ensure_weight_tying")
 )
+# What a field may be, and what the entries of a list in it.
+TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+    "target_modules": ((list, str), (str,)),
+    "exclude_modules": ((list, str), (str,)),
+    "modules_to_save": ((list,), (str,)),
+    "layers_to_transform": ((list, int), (int,)),
+    "layers_pattern": ((list, str), (str,)),
+    "rank_pattern": ((dict,), ()),
+    "alpha_pattern": ((dict,), ()),
+    "use_rslora": ((bool,), ()),
+    "use_dora": ((bool,), ()),
+    "lora_bias": ((bool,), ()),
+    "bias": ((str,), ()),
+    "init_lora_weights": ((bool, str), ()),
+}
 # Starts that leave the base alone, those that PEFT derives from the base again, and those that it cannot.
 PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 DERIVED_STARTS = ("pissa", "olora")
@@ -103,22 +118,12 @@ def read_config(path: Path) -> Config:
     kind = typed(raw, "peft_type", (str,), path)
     method = _method(raw, kind, path)
     fields = method.cls.peft.fields
-    typed(raw, "target_modules", (list, str), path)
-    for field, kinds in (
-        ("exclude_modules", (list, str)),
-        ("modules_to_save", (list,)),
-        ("layers_to_transform", (list, int)),
-        ("layers_pattern", (list, str)),
-        ("rank_pattern", (dict,)),
-        ("alpha_pattern", (dict,)),
-        ("use_rslora", (bool,)),
-        ("use_dora", (bool,)),
-        ("lora_bias", (bool,)),
-        ("bias", (str,)),
-        ("init_lora_weights", (bool, str)),
-        (fields.get("dropout", "lora_dropout"), (float,)),
-    ):
-        typed(raw, field, kinds, path, None)
+    typed(raw, "target_modules", TYPES["target_modules"][0], path)
+    for field, (kinds, entry) in TYPES.items():
+        value = typed(raw, field, kinds, path, None)
+        for one in value if isinstance(value, list) else ():
+            typed({field: one}, field, entry, path)
+    typed(raw, fields.get("dropout", "lora_dropout"), (float,), path, None)
     if "rank" in fields:
         _positive(raw, fields["rank"], (int,), path)
         for key in raw.get("rank_pattern") or {}:
@@ -132,6 +137,11 @@ def read_config(path: Path) -> Config:
     return Config(path, raw, method)
 
 
+def own_map(cls: type) -> PeftMap | None:
+    """The interchange map that a method's class itself brings: an inherited one is of another form."""
+    return vars(cls).get("peft")
+
+
 def _positive(content: Mapping[str, Any], field: str, kinds: tuple[type, ...], path: Path) -> None:
     if typed(content, field, kinds, path) <= 0:
         raise UserError(f"{path}: {field} is {content[field]}; a number above 0 was expected")
@@ -140,7 +150,10 @@ def _positive(content: Mapping[str, Any], field: str, kinds: tuple[type, ...], p
 def _regular(raw: Mapping[str, Any], path: Path) -> None:
     """Check that whatever is used as a regular expression is one."""
     expressions = [*(raw.get("rank_pattern") or {}), *(raw.get("alpha_pattern") or {})]
-    expressions += [raw[f] for f in ("target_modules", "exclude_modules") if isinstance(raw.get(f), str)]
+    expressions += [
+        raw[f] for f in ("target_modules", "exclude_modules", "layers_pattern") if isinstance(raw.get(f), str)
+    ]
+    expressions += raw.get("modules_to_save") or []
     for expression in expressions:
         try:
             re.compile(expression)
@@ -150,7 +163,7 @@ def _regular(raw: Mapping[str, Any], path: Path) -> None:
 
 def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
     """The registered method whose map reads this config: the one that explains the most of its constants."""
-    mapped = [m for m in registry.methods() if getattr(m.cls, "peft", None) is not None]
+    mapped = [m for m in registry.methods() if own_map(m.cls) is not None]
     fitting = [
         m
         for m in mapped
@@ -170,7 +183,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> N
     known = BOOKKEEPING | UNDERSTOOD | set(mapped.fields.values()) | mapped.config.keys()
     for field, value in raw.items():
         if field not in known and value not in (None, False, [], {}, ""):
-            forms = sorted({m.name for m in registry.methods() if getattr(m.cls, "peft", None) is not None})
+            forms = sorted({m.name for m in registry.methods() if own_map(m.cls) is not None})
             raise UserError(
                 f"{path}: {field}={value!r} is not supported with peft_type {mapped.type}; what is read: "
                 f"{', '.join(forms)}, with the fields {', '.join(sorted(UNDERSTOOD | set(mapped.fields.values())))}"

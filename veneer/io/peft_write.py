@@ -16,7 +16,7 @@ from veneer.core.registry import PeftMap
 from veneer.core.site import type_named
 from veneer.errors import UserError
 from veneer.io.files import staged, write_json, write_tensors
-from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, first_match, selects
+from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, first_match, own_map, selects
 from veneer.io.peft_tensors import check_layer, to_disk
 from veneer.io.plain import Factors, native_factors, plain_factors, whole_tensors
 from veneer.models import architecture
@@ -76,7 +76,7 @@ def write(adapter: Adapter, directory: str | Path, *, plain: bool = False) -> Pa
 def _own_map(adapter: Adapter) -> PeftMap | None:
     """The map by which all deltas can be written in their own form, if there is one of PEFT's LoRA family."""
     deltas = [d for d in adapter.deltas.values() if not isinstance(d, Written) and d.site.name is None]
-    maps = {id(type(d).peft): type(d).peft for d in deltas}
+    maps = {type(d): own_map(type(d)) for d in deltas}
     mapped = next(iter(maps.values()), None)
     if len(maps) != 1 or mapped is None or mapped.type != "LORA":
         return None
