@@ -90,13 +90,11 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, gr
     """Of the times a … b: ``(batch · groups, (b − a) · group, b)``, from q ``(batch · groups, time · group, d)``."""
     rows = q[:, a * group : b * group]
     scores = torch.baddbmm(rows.new_zeros(()), rows, k[:, :b].transpose(1, 2), beta=0, alpha=scale)
-    by_time = scores.view(k.shape[0], b - a, group, b)
     if mask is None:
         later = torch.full((b - a, b - a), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-        by_time[..., a:].add_(later[:, None])
+        scores.view(-1, b - a, group, b)[..., a:].add_(later[:, None])
     else:
-        batch = mask.shape[0]
-        by_time.view(batch, -1, b - a, group, b).add_(mask[:, :, a:b, None, :b])
+        scores.view(mask.shape[0], -1, b - a, group, b).add_(mask[:, :, a:b, None, :b])
     return scores.softmax(-1)
 
 

@@ -25,9 +25,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up; ``active = silu(gate)``. Writes over ``active``."""
+    """The gradients of gate and up, written over ``grad`` and ``active = silu(gate)``."""
     grad_up = active.mul_(grad)
-    return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+    grad = grad.mul_(up)
+    return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad), grad_up
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -40,7 +41,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return _swiglu_gradients(grad, gate, up, F.silu(gate))
+        return _swiglu_gradients(grad.clone(), gate, up, F.silu(gate))
 
 
 class _GatedMLP(torch.autograd.Function):
