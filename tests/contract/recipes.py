@@ -70,7 +70,7 @@ def attached(method: registry.Method, kind: str, dtype: torch.dtype = torch.floa
 
 
 def _has_rank(method: registry.Method) -> bool:
-    from veneer.core.fields import fields_of
+    from veneer.fields import fields_of
 
     return any("rank" in fields_of(p.method.cls) for p in veneer.core.recipe.parse(recipe(method)).parts)
 

@@ -56,8 +56,8 @@ def parse(text: str | Recipe, **offered: Any) -> Recipe:
     given = [Part(registry.find(name), fields) for name, fields in _expand(text)]
     if not given:
         raise UserError("the recipe is empty; name a method, for example 'lora'")
-    parts = _complete(given)
-    parts, notes = _one_per_axis(parts)
+    parts, notes = _complete(given)
+    notes += _one_per_axis(parts)
     for p in parts:
         if p.method.axis in ("merge", "protocol"):
             where = "veneer.merge" if p.method.axis == "merge" else "fit(protocol=…)"
@@ -115,34 +115,41 @@ def _arguments(name: str, inner: str) -> dict[str, Any]:
         raise UserError(f"{name}({inner}): write fields as name=value, for example {name}(rank=8)") from None
 
 
-def _complete(given: list[Part]) -> list[Part]:
-    """Add the parts that stand for axes left out: from the methods' defaults, then plain LoRA."""
-    parts = list(given)
-    for p in list(given):
+def _complete(given: list[Part]) -> tuple[list[Part], list[str]]:
+    """Add the parts that stand for axes left out: from the methods' defaults where these fit, then plain LoRA."""
+    parts, notes = list(given), []
+    for p in given:
         for name, fields in _expand(p.method.defaults) if p.method.defaults else []:
             m = registry.find(name)
-            if not any(q.method.axis == m.axis for q in given) and m.name not in [q.method.name for q in parts]:
+            if any(q.method.axis == m.axis and (m.axis in SINGLE or q.method is m) for q in parts):
+                continue
+            if set(m.wants) <= {word for q in parts for word in q.method.gives}:
                 parts.append(Part(m, fields))
+            else:
+                notes.append(f"{p.method.name} comes without {m.name}, which does not fit {_sum(given)}")
     if not any(p.method.axis in ("delta", "side") or getattr(p.method.cls, "standalone", False) for p in parts):
         parts.append(Part(registry.find("lora")))
-    return parts
+    return parts, notes
 
 
-def _one_per_axis(parts: list[Part]) -> tuple[list[Part], list[str]]:
-    kept: list[Part] = []
-    notes: list[str] = []
+def _sum(parts: list[Part]) -> str:
+    return "+".join(p.method.name for p in parts)
+
+
+def _one_per_axis(parts: list[Part]) -> list[str]:
+    """Refuse two parts on a single axis; returns what is to be said of parts that share a task."""
+    seen: list[Part] = []
     for p in parts:
-        twin = next((q for q in kept if q.method.axis == p.method.axis and p.method.axis in SINGLE), None)
-        same = next((q for q in kept if q.method.name == p.method.name), None)
-        if same is not None or twin is not None:
-            other = (same or twin).method.name
-            raise UserError(f"a recipe holds at most one {p.method.axis} method; it names {other} and {p.method.name}")
-        kept.append(p)
-    ranks = next((p for p in kept if p.method.axis == "ranks"), None)
-    for p in kept:
-        if p.method.axis == "init" and hasattr(p.method.cls, "plan") and getattr(ranks, "method", None):
-            notes.append(f"{ranks.method.name} decides the ranks; {p.method.name} gives the start only")
-    return kept, notes
+        axis = p.method.axis
+        twin = next((q for q in seen if q.method is p.method or (axis in SINGLE and q.method.axis == axis)), None)
+        if twin is not None:
+            raise UserError(
+                f"a recipe holds at most one {axis} method; it names {twin.method.name} and {p.method.name}"
+            )
+        seen.append(p)
+    ranks = next((p.method.name for p in parts if p.method.axis == "ranks"), None)
+    planning = [p.method.name for p in parts if p.method.axis == "init" and hasattr(p.method.cls, "plan")]
+    return [f"{ranks} decides the ranks; {name} gives the start only" for name in planning if ranks is not None]
 
 
 def _offer_check(parts: list[Part], offered: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def concentration(Z: Tensor, k: int) -> Tensor:
     return -sigma[:k].sum() / (sigma.sum() + 1e-10)
 
 
-@method("ba-lora", axis="objective", paper="arXiv:2408.04556", system=6, wants=("frozen-base",), defaults="lora+pissa")
+@method("ba-lora", axis="objective", paper="arXiv:2408.04556", system=6, defaults="lora+pissa")
 class BALoRA(Objective):
     """Stay near the base's output, keep outputs spread, concentrate the logit matrix (Chang et al. 2024).
 

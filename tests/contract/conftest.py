@@ -1,6 +1,0 @@
-"""The contract: every registered method, as it declares itself."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
