@@ -10,12 +10,13 @@ import torch
 from models import make
 
 
-def saved(folder: Path, kind: str, *, initial: bool | str = False, **config):
+def saved(folder: Path, kind: str, *, initial: bool | str = False, form: str = "Lora", **config):
     """Make and save an adapter; returns (directory, PEFT's output on the case's batch, the PEFT model).
 
-    ``initial`` saves the start as well, in ``initial`` beside it; ``"convert"`` subtracts it from what is saved.
+    ``form`` is PEFT's name of the method. ``initial`` saves the start as well, in ``initial`` beside it; ``"convert"``
+    subtracts it from what is saved.
     """
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     case = make(kind)
     if config.get("init_lora_weights") == "corda":
@@ -23,7 +24,7 @@ def saved(folder: Path, kind: str, *, initial: bool | str = False, **config):
     options = {"path_initial_model_for_weight_conversion": str(folder / "initial")} if initial == "convert" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(case.model, LoraConfig(**config))
+        model = peft.get_peft_model(case.model, getattr(peft, f"{form}Config")(**config))
         if initial:
             at = model.peft_config["default"]
             start, at.init_lora_weights = at.init_lora_weights, True

@@ -67,6 +67,8 @@ CASES = {
     "OLoRA": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": "olora"}),
     "OLoRA on a square Conv1D": ("gpt2", {"r": 4, "target_modules": [r"attn.c_proj"], "init_lora_weights": "olora"}),
     "a Gaussian start": ("llama", {"r": 4, "target_modules": Q, "init_lora_weights": "gaussian"}),
+    "VeRA": ("llama", {"form": "Vera", "r": 4, "target_modules": Q, "save_projection": False}),
+    "RandLoRA": ("llama", {"form": "RandLora", "r": 4, "target_modules": Q, "save_projection": False}),
     "an orthogonal start": ("llama", {"r": 4, "target_modules": Q, "init_lora_weights": "orthogonal"}),
 }
 

@@ -175,14 +175,19 @@ def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
             f"{path}: peft_type {kind!r} cannot be read{nearest(kind, types)}; supported: {', '.join(types)}"
         )
     # rsLoRA is a scale, which is read for every method, so any other constant says more about the form than it does.
-    return max(fitting, key=lambda m: (len(m.cls.peft.config.keys() - {"use_rslora"}), len(m.cls.peft.config)))
+    # Of forms whose files are alike, the one that bears the type's name.
+    constants = {m.name: m.cls.peft.config.keys() for m in fitting}
+    return max(
+        fitting, key=lambda m: (len(constants[m.name] - {"use_rslora"}), len(constants[m.name]), m.name == kind.lower())
+    )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> None:
     mapped = method.cls.peft
     known = BOOKKEEPING | UNDERSTOOD | set(mapped.fields.values()) | mapped.config.keys()
     for field, value in raw.items():
-        if field not in known and value not in (None, False, [], {}, ""):
+        started = field == "init_weights" and value is True  # how the tensors began, which they no longer show
+        if field not in known and not started and value not in (None, False, [], {}, ""):
             forms = sorted({m.name for m in registry.methods() if own_map(m.cls) is not None})
             raise UserError(
                 f"{path}: {field}={value!r} is not supported with peft_type {mapped.type}; what is read: "
