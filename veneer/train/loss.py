@@ -18,7 +18,8 @@ from veneer.models import architecture
 from veneer.models.fast import fast_forms
 
 IGNORED = -100
-CHUNK = 128  # positions whose logits exist at one time
+CHUNK = 256  # positions whose logits exist at one time
+PIECE = 1 << 18  # fp32 numbers of a softmax that stays in the processor's cache
 # Configs whose models change the logits after the head.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
@@ -175,34 +176,46 @@ def head_loss(states: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHU
     return torch.stack(pieces).sum()
 
 
+def _to_gradient(logits: Tensor, targets: Tensor, sums: torch.dtype) -> Tensor:
+    """Summed cross entropy of logits (n, vocabulary), which become its gradient; a few rows at a time in ``sums``."""
+    wanted = targets[:, None]
+    highest, own = logits.amax(1, keepdim=True).to(sums), logits.gather(1, wanted).to(sums)
+    rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+    fine = torch.empty(2, min(rows, logits.shape[0]), logits.shape[1], dtype=sums, device=logits.device)
+    total = (highest - own).sum()
+    for piece, one in zip(logits.split(rows), wanted.split(rows)):
+        x, p = fine[:, : piece.shape[0]]
+        torch.softmax(x.copy_(piece), 1, out=p)
+        # The largest probability is e⁰ over the sum: the logarithm of the sum without forming it again.
+        total -= p.amax(1).log().sum()
+        piece.copy_(p.scatter_add_(1, one, p.new_full(one.shape, -1.0)))
+    return total
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, targets, chunk):
         need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(states.dtype, torch.float32)
-        total = torch.zeros((), dtype=sums, device=states.device)
         grad_states = torch.empty_like(states) if need_states else None
         grad_weight = torch.zeros_like(weight, dtype=sums) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sums) if need_bias else None
+        total = torch.zeros((), dtype=sums, device=states.device)
+        memory = states.new_empty(min(chunk, states.shape[0]), weight.shape[0])
         for at in range(0, states.shape[0], chunk):
-            part = slice(at, at + chunk)
-            h, wanted = states[part], targets[part, None]
-            logits = F.linear(h, weight, bias)
-            highest = logits.amax(1, keepdim=True)
-            e = (logits.to(sums) if logits.dtype != sums else logits.clone()).sub_(highest).exp_()
-            mass = e.sum(1, keepdim=True)
-            total += (mass.log() + highest - logits.gather(1, wanted)).sum()
-            if not (need_states or need_weight or need_bias):
-                continue
-            # Softmax less the target, in the compute precision and the logits' own memory.
-            grad = torch.mul(e, mass.reciprocal_(), out=e)
-            grad = logits.copy_(grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0)))
+            h, wanted = states[at : at + chunk], targets[at : at + chunk]
+            logits = memory[: h.shape[0]]
+            if bias is None:
+                torch.mm(h, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, h, weight.t(), out=logits)
+            total += _to_gradient(logits, wanted, sums)
             if need_states:
-                torch.mm(grad, weight, out=grad_states[part])
+                torch.mm(logits, weight, out=grad_states[at : at + chunk])
             if need_weight:
-                grad_weight += grad.t() @ h
+                grad_weight += logits.t() @ h
             if need_bias:
-                grad_bias += grad.sum(0, dtype=sums)
+                grad_bias += logits.sum(0, dtype=sums)
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total.to(torch.promote_types(torch.float32, sums))
