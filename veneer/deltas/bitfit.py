@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.core.delta import Delta, LoRAForm, Slot
 from veneer.core.registry import method
-from veneer.core.site import Site, parameter_site
+from veneer.core.site import Site, parameter_site, require_whole
 from veneer.errors import UserError
 from veneer.fields import At
 
@@ -47,7 +47,7 @@ class BitFit(Delta):
         """The bias of every selected layer as a site of its own."""
         paths: dict[str, None] = {}
         for site in (s for s in sites if s.kind in cls.layers):
-            _require_whole(site, sites)
+            require_whole(site, sites, "bitfit")
             if site.bias() is None and fields["missing"] == "error":
                 raise UserError(
                     f"bitfit: {site.path} has no bias; write bitfit(missing='create') to give it one, "
@@ -74,15 +74,3 @@ class BitFit(Delta):
     def _out(self) -> int:
         b = self.site.weight()
         return len(b) if b is not None else Site("", self.site.module, "linear").weight().shape[0]
-
-
-def _require_whole(site: Site, sites: list[Site]) -> None:
-    if site.rows is None:
-        return
-    taken = sum(s.rows.stop - s.rows.start for s in sites if s.module is site.module)
-    rows = Site("", site.module, "linear").weight().shape[0]
-    if taken < rows:
-        raise UserError(
-            f"bitfit: {site.module_path} fuses several projections with one bias and only {taken} of its {rows} rows "
-            f"are selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
-        )

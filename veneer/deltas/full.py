@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.core.delta import Written
 from veneer.core.registry import method
-from veneer.core.site import Site, parameter_site, stored
+from veneer.core.site import Site, parameter_site, require_whole, stored
 from veneer.errors import UserError
 from veneer.models import architecture
 
@@ -17,13 +17,13 @@ from veneer.models import architecture
 class Full(Written):
     """Every tensor of the selected layers trains as it is: the reference that other forms are compared with.
 
-    W′ = W + ΔW with ΔW unconstrained; W itself is the trained tensor.
+    y = xW′ᵀ + b′ with W′ and b′ unconstrained, from W and b on.
 
     =======  ==========================  =========  =================
     tensor   shape                       trained    start
     =======  ==========================  =========  =================
-    W        as the layer stores it      yes        the base's values
-    b        (out,), where there is one  yes        the base's values
+    W′       as the layer stores it      yes        the base's values
+    b′       (out,), where there is one  yes        the base's values
     =======  ==========================  =========  =================
 
     No defaults of its own; rates are 1e-5 to 5e-5 for models above 100 M parameters, with or without decay 0.01–0.1.
@@ -43,24 +43,10 @@ class Full(Written):
         owners = {name: group for group in architecture.tied(model) for name in group}
         names: dict[str, None] = {}
         for site in (s for s in sites if s.kind in cls.layers):
-            _require_whole(site, sites)
+            if stored(site.module):
+                raise UserError(f"full: {site.path} is stored quantised and only dense weights train; use lora over it")
+            require_whole(site, sites, "full")
             for name, _ in site.module.named_parameters(recurse=False):
                 path = f"{site.module_path}.{name}"
                 names |= dict.fromkeys(owners.get(path, [path]))
         return [parameter_site(model, name) for name in names]
-
-
-def _require_whole(site: Site, sites: list[Site]) -> None:
-    if stored(site.module):
-        raise UserError(
-            f"full: {site.path} is stored quantised, and only dense weights train; train lora over it instead"
-        )
-    if site.rows is None:
-        return
-    taken = sum(s.rows.stop - s.rows.start for s in sites if s.module is site.module)
-    rows = site.module.weight.shape[1 if site.transposed else 0]
-    if taken < rows:
-        raise UserError(
-            f"full: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows are "
-            f"selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
-        )
