@@ -263,6 +263,43 @@ def test_data_without_a_length_needs_steps(adapter):
         fit(adapter, endless, display=False, precision="fp32")
 
 
+def test_a_folded_adapter_is_refused(adapter, rows):
+    adapter.fold()
+    with pytest.raises(veneer.UserError, match="unfold"):
+        fit(adapter, rows, display=False)
+
+
+def test_another_adapter_on_the_model_stays_as_it_is(adapter, rows, quick):
+    other = veneer.attach(adapter.model, "lora", rank=2, name="other")
+    before = adapter.vector()
+    fit(other, rows, **quick)
+    assert torch.equal(adapter.vector(), before)
+    assert all(p.grad is None and p.requires_grad for p in adapter.parameters())
+
+
+def test_training_goes_on_from_where_an_adapter_stands(adapter, rows, quick):
+    first = fit(adapter, rows, **quick | {"steps": 30})
+    second = fit(adapter, rows, **quick | {"steps": 30})
+    assert second.losses[0] < first.losses[0] - 0.1  # the same batch first, after thirty steps
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path, adapter, rows, quick):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fit(adapter, rows, tmp_path / "run", log="tensorboard", **quick | {"steps": 3})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(run.losses)
+
+
+def test_plain_lines_say_what_matters(capsys, adapter, rows, quick):
+    fit(adapter, rows, eval_data=encoded(8, 2), **quick | {"display": None})
+    said = capsys.readouterr().out
+    for words in ("recipe: lora(rank=4)", "step 12/12", "tokens/s", "held-out loss", "12 steps in"):
+        assert words in said
+
+
 def test_steps_beyond_one_epoch_go_on_with_the_next(adapter, rows, quick):
     run = fit(adapter, rows[:8], **quick)
     assert len(run.losses) == 12 and run.record["epochs"] == 6
@@ -273,3 +310,31 @@ def test_the_rate_follows_the_schedule(tmp_path, adapter, rows, quick):
     lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
     wanted = [min((t + 1) / 5, 0.5 * (1 + math.cos(math.pi * (t - 4) / 8)) if t >= 4 else 2) * 1e-2 for t in range(12)]
     assert [line["lr"] for line in lines] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_loss_that_is_not_finite_stops_with_step_batch_and_site(tmp_path, rows, quick, where):
+    adapter = veneer.attach(llama(), "lora", rank=4)
+    layer = adapter.model.model.layers[1].mlp.up_proj
+    seen, before = [], []
+
+    def spoil(module, args, out):
+        seen.append(1)
+        if len(seen) <= 5 * 2:  # five steps of two micro-batches are sound
+            before.append(adapter.vector())
+            return out
+        if where == "forward":
+            return out * float("nan")
+        out.register_hook(lambda g: g * float("inf"))
+        return out
+
+    layer.register_forward_hook(spoil)
+    with pytest.raises(veneer.UserError) as error:
+        fit(adapter, rows, tmp_path / "run", accumulate=2, **quick)
+    said = str(error.value)
+    assert "step 6: the" in said and "data[" in said
+    kind = "output of" if where == "forward" else "gradient at the output of"
+    assert f"{kind} model.layers.1.mlp.up_proj is the first" in said
+    kept = veneer.load(llama(), tmp_path / "run" / "checkpoint-5" / "adapter")
+    assert torch.equal(kept.vector(), adapter.vector())
+    assert not torch.equal(before[0], adapter.vector())

@@ -39,16 +39,37 @@ class Break(Silent):
 SETTINGS = {"batch_size": 4, "lr": 1e-2, "steps": 12, "save_every": 4, "precision": "fp32"}
 
 
-def run(out, recipe="lora", after=None, resume=False, data=None, watch=None, **changes):
+def run(out, recipe="lora", after=None, resume=False, data=None, watch=None, prepare=None, **changes):
     model = llama(attention_dropout=0.1)
     calibration = [{"input_ids": torch.arange(1, 41).view(2, 20), "labels": torch.arange(1, 41).view(2, 20)}]
-    adapter = veneer.attach(model, recipe, rank=4, calibration=calibration)
+    rank = None if recipe == "full" else 4
+    adapter = veneer.attach(model, recipe, rank=rank, calibration=calibration)
+    if prepare is not None:
+        prepare(adapter)
     watch = watch or Break(after)
     try:
         fit(adapter, data or encoded(40), out, resume=resume, display=watch, **SETTINGS | changes)
     except Broken:
         return watch, None
     return watch, {k: v.clone() for k, v in adapter.state().items()}
+
+
+def two_phases(adapter):
+    """Half the run trains B alone; then one site is dropped and another gets rank 2."""
+    from veneer.core.hook import Hook, Phase
+
+    class TwoPhases(Hook):
+        name = "two-phases"
+
+        def phases(self):
+            return [Phase("find", 0.5, ("B",)), Phase("train", 0.5)]
+
+        def on_phase_end(self, phase):
+            first, second, *_ = adapter.deltas
+            return {first: None, second: {"rank": 2}} if phase.name == "find" else None
+
+    adapter.hooks.append(TwoPhases())
+    adapter.start_phase()
 
 
 def equal(a, b):
@@ -71,7 +92,9 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one(tmp_
     assert found["same"] and found["losses"]
 
 
-@pytest.mark.parametrize("recipe", ["lora(dropout=0.1)"])
+@pytest.mark.parametrize(
+    "recipe", ["lora(dropout=0.1)", "dora+pissa", "full", "lora+sora", "lora+lora-pro+ba-lora", "lora+nf4"]
+)
 @pytest.mark.parametrize("after", [6, 9])
 def test_every_kind_of_state_survives_a_break(tmp_path, recipe, after):
     _, whole = run(tmp_path / "whole", recipe)
@@ -79,6 +102,26 @@ def test_every_kind_of_state_survives_a_break(tmp_path, recipe, after):
     watch, resumed = run(tmp_path / "broken", recipe, resume=True)
     assert any("going on from" in s for s in watch.said)
     assert equal(whole, resumed)
+
+
+@pytest.mark.parametrize("after", [5, 6, 7, 11])
+def test_phases_and_plans_survive_a_break(tmp_path, after):
+    _, whole = run(tmp_path / "whole", prepare=two_phases)
+    run(tmp_path / "broken", after=after, prepare=two_phases, save_every=1)
+    _, resumed = run(tmp_path / "broken", resume=True, prepare=two_phases, save_every=1)
+    assert equal(whole, resumed)
+    assert sorted(v.shape[0] for k, v in whole.items() if k.endswith(".A")) == [2] + 12 * [4]
+
+
+def test_early_stopping_keeps_its_count_and_its_best_over_a_break(tmp_path):
+    more = {"eval_data": encoded(8, 2), "eval_every": 2, "early_stopping": 3, "lr": 0.3, "steps": 60, "save_every": 1}
+    _, whole = run(tmp_path / "whole", **more)
+    stopped = json.loads((tmp_path / "whole" / "run.json").read_text())["steps"]
+    assert 5 < stopped < 60
+    run(tmp_path / "broken", after=stopped - 1, **more)
+    _, resumed = run(tmp_path / "broken", resume=True, **more)
+    assert equal(whole, resumed)
+    assert json.loads((tmp_path / "broken" / "run.json").read_text())["steps"] == stopped
 
 
 def test_a_shuffling_loader_goes_on_where_it_was(tmp_path):

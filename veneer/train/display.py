@@ -12,7 +12,7 @@ class Display(Protocol):
 
     ``start`` comes once with the number of optimiser steps and the facts of the run (what trains, precision, data);
     ``step`` once an optimiser step with loss, lr, tokens_per_second, peak_memory (bytes), eta (seconds), step (from 1),
-    total; ``event`` with one sentence at a time; ``end`` with the run's record.
+    total; ``event`` with one sentence at a time; ``end`` with the run's record; ``close`` last, however the run ended.
     """
 
     def start(self, total: int, facts: dict[str, Any]) -> None: ...
@@ -22,6 +22,8 @@ class Display(Protocol):
     def event(self, text: str) -> None: ...
 
     def end(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Silent:
@@ -37,6 +39,9 @@ class Silent:
         """Nothing."""
 
     def end(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
 
@@ -83,6 +88,9 @@ class Lines:
         )
         for warning in record.get("warnings", []):
             self._print(f"warning: {warning}")
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def chosen(display: Display | bool | None) -> Display:

@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import UserError
+
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
 
 
-def culprit(adapter: Adapter, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> str:
-    """The site whose output, or else whose gradient, is the first that is not finite, in words.
+class NotFiniteError(UserError):
+    """A loss or gradient that is not finite stopped the run."""
+
+
+def culprit(adapter: Adapter, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> str | None:
+    """The site whose output, or else whose gradient, is the first that is not finite, in words; None if all are.
 
     Runs the batches again, forward and backward, with every site watched. Gradients of the parameters are dropped.
     """
     for name, p in adapter.named_parameters():
         if not torch.isfinite(p).all():
             return f"the weights of {name} are not finite already"
-    for batch in batches:
-        said = _watched(adapter, batch, loss)
-        if said is not None:
-            return said
-    return "it did not come again when the batch was run once more"
+    return next((said for batch in batches if (said := _watched(adapter, batch, loss)) is not None), None)
 
 
 def _watched(adapter: Adapter, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> str | None:

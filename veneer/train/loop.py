@@ -23,6 +23,7 @@ from veneer.train import checkpoint, modes, precision
 from veneer.train.display import Display, chosen
 from veneer.train.evaluate import better, scores
 from veneer.train.feed import BatchFeed, RowFeed, feed, tokenizer_of
+from veneer.train.finite import NotFiniteError
 from veneer.train.folder import RunFolder, lines_at, record_at
 from veneer.train.interrupt import Interrupted, Interrupts
 from veneer.train.processes import Processes
@@ -30,6 +31,7 @@ from veneer.train.proof import proof
 from veneer.train.record import MemoryMeter, hardware, versions
 from veneer.train.resume import look
 from veneer.train.settings import HEAD_RATE, RATE, WRITTEN_RATE, Settings
+from veneer.train.shards import Whole, gathered, load_state, sharded
 from veneer.train.steps import Training, restore
 from veneer.train.tasks import Task, task_of
 
@@ -115,7 +117,7 @@ class _Job:
         """Set up, go over the phases, finish."""
         self._check(out, eval_data, resume)
         model, settings, processes = self.adapter.model, self.settings, self.processes
-        if not any(hasattr(p, "to_local") for p in model.parameters()):
+        if not any(sharded(p) for p in model.parameters()):
             model.to(processes.device)
         self.task = Task(
             "custom" if loss is not None else task_of(model, settings.task or getattr(data, "task", None)), loss
@@ -135,12 +137,13 @@ class _Job:
             precision.computing(model, dtype),
             modes.recomputing(model) if settings.checkpointing else nullcontext(),
             modes.training(model),
+            modes.alone(self.adapter),
         ):
             stack.enter_context(context)
         self.interrupts = stack.enter_context(Interrupts() if self.out is not None else nullcontext(Interrupts()))
         self.meter = MemoryMeter(processes.device).start()
         stack.callback(self.meter.stop)
-        self._begin(saved, words)
+        self._begin(stack, saved, words)
         self._phases()
         return self._end()
 
@@ -148,6 +151,8 @@ class _Job:
 
     def _check(self, out: Any, eval_data: Any, resume: bool) -> None:
         settings = self.settings
+        if self.adapter.name in self.adapter.root.switch.folded:
+            raise UserError(f"the adapter {self.adapter.name!r} is folded into the weights: unfold() it, then train")
         if resume and out is None:
             raise UserError("resume was given without out: name the folder of the run to go on with")
         if eval_data is None and (settings.early_stopping or settings.eval_every):
@@ -206,6 +211,10 @@ class _Job:
             )
 
     def _usual_rate(self) -> float:
+        """The rate of the recipe's methods, or of the form and the task."""
+        known = [h.usual_rate for h in self.adapter.hooks if h.usual_rate is not None]
+        if known:
+            return known[0]
         if any(isinstance(d, Written) for d in self.adapter.deltas.values()):
             return WRITTEN_RATE
         return RATE if self.task.name in ("causal", "seq2seq", "custom") else HEAD_RATE
@@ -244,7 +253,7 @@ class _Job:
         assert self.out is not None
         description, state = contents(self.out / "adapter")
         restore(self.adapter, description["fields"], description["sites"], description["phase"])
-        self.adapter.load_state(state)
+        load_state(self.adapter, state)
         lines = lines_at(self.out)
         losses = [line["loss"] for line in lines if "loss" in line]
         held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -252,7 +261,7 @@ class _Job:
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, saved: dict[str, Any] | None, words: str) -> None:
+    def _begin(self, stack: ExitStack, saved: dict[str, Any] | None, words: str) -> None:
         training, adapter = self.training, self.adapter
         self.log_board()
         if saved is None:
@@ -263,6 +272,7 @@ class _Job:
         if self.folder is not None:
             self.folder.rewind(training.at.step if saved is not None else -1)
             self.folder.write_record({"finished": False, "recipe": str(adapter.recipe), "identity": self.identity})
+        stack.callback(self.display.close)
         self.display.start(training.total, self._facts(words))
         if saved is not None:
             self.display.event(f"{training.at.step} of {training.total} steps are done")
@@ -294,13 +304,23 @@ class _Job:
         while True:
             while training.at.step < training.phase_end and not training.at.stopped:
                 epoch = training.at.epoch
-                training.take_step()
+                try:
+                    training.take_step()
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"{error}. {self._advice()}") from None
                 self._after_step(ended_epoch=training.at.epoch > epoch)
             if len(training.ends) > 1:
                 self.display.event(f"phase {adapter.phases[adapter.phase].name} has ended")
             if not adapter.advance():
                 return
             training.begin_phase(self.lr)
+
+    def _advice(self) -> str:
+        kept = ""
+        if self.out is not None and self.training.at.step:
+            self._save()
+            kept = f", the adapter as it was before is in {self.out}/checkpoint-{self.training.at.step}/adapter"
+        return f"Try a smaller lr, a longer warmup or precision=fp32, or look at those rows{kept}"
 
     def _after_step(self, ended_epoch: bool) -> None:
         s, training = self.settings, self.training
@@ -340,8 +360,8 @@ class _Job:
 
     def _asked_to_stop(self) -> int:
         """The signal that any process received, or 0."""
-        here = float(self.interrupts.received or 0)
-        return int(max(self.processes.gather([here])))
+        asked = self.processes.sum(*[float(self.interrupts.received == n) for n in Interrupts.SIGNALS])
+        return next((n for n, count in zip(Interrupts.SIGNALS, asked) if count), 0)
 
     def _farewell(self) -> str:
         sentence = (
@@ -365,7 +385,7 @@ class _Job:
             return
         if better(loss, at.best):
             at.best, at.waited = loss, 0
-            self.best = {k: v.detach().clone() for k, v in self.adapter.state().items()}
+            self.best = {k: v.clone() for k, v in gathered(self.adapter.state()).items()}
             return
         at.waited += 1
         if at.waited >= patience:
@@ -377,8 +397,9 @@ class _Job:
             "state": {"training": self.training.state(), "best": self.best},
             "identity": self.identity,
         }
+        adapter = Whole(self.adapter)
         if self.folder is not None:
-            checkpoint.save(self.folder, self.training.at.step, parts, self.adapter, self.settings.save_total)
+            checkpoint.save(self.folder, self.training.at.step, parts, adapter, self.settings.save_total)
         self.processes.wait()
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -404,7 +425,7 @@ class _Job:
     def _end(self) -> Run:
         adapter, at = self.adapter, self.training.at
         if self.best is not None:
-            adapter.load_state(self.best)
+            load_state(adapter, self.best)
             self.display.event(f"the adapter with the lowest held-out loss ({at.best:.4f}) is kept")
         for hook in adapter.hooks:
             hook.on_end()
@@ -417,8 +438,9 @@ class _Job:
         adapter.optimizer = None
         record = self._record(proved, held)
         run = Run(adapter, list(at.losses), [(int(s), v) for s, v in at.held_out], record, self.out)
-        if self.folder is not None:
-            adapter.save(self.folder.path / "adapter")
+        whole = Whole(adapter) if self.out is not None else None
+        if self.folder is not None and whole is not None:
+            whole.save(self.folder.path / "adapter")
             self._draw()
             self.folder.write_record(record)
         if self.board is not None:

@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import nn
 
+from veneer.core.adapter import Adapter
 from veneer.errors import UserError
 from veneer.train import checkpoint
 
@@ -37,6 +38,21 @@ def training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def alone(adapter: Adapter) -> Iterator[None]:
+    """No gradient for the model's other adapters."""
+    others = [a for a in adapter.root.adapters.values() if a is not adapter]
+    mine = {id(p) for p in adapter.parameters()}
+    held = [p for other in others for p in other.parameters() if id(p) not in mine]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
 
 
 @contextmanager

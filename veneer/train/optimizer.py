@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import UserError
+from veneer.train.shards import local, sharded, spread
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -65,16 +66,11 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 @torch.no_grad()
 def gradient_norm(params: list[torch.nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, 0-dim fp32; shards of other processes are counted in."""
-    whole = [p.grad for p in params if p.grad is not None and not hasattr(p.grad, "to_local")]
-    shards = [p.grad for p in params if p.grad is not None and hasattr(p.grad, "to_local")]
+    whole = [p.grad for p in params if p.grad is not None and not sharded(p.grad)]
+    shards = [p.grad for p in params if p.grad is not None and sharded(p.grad)]
     device = (whole or [local(g) for g in shards] or [torch.zeros(())])[0].device
     square = torch.zeros((), device=device)
     if shards:
@@ -122,12 +118,8 @@ def load_state_by_name(adapter: Adapter, optimizer: torch.optim.Optimizer, saved
         optimizer.param_groups.append({**group, "params": [params[n] for n in group["params"]]})
     optimizer.state.clear()
     for name, values in saved["state"].items():
-        optimizer.state[params[name]] = {k: _placed(k, v, params[name]) for k, v in values.items()}
+        optimizer.state[params[name]] = {
+            k: spread(v, params[name]) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
+        }
     if saved["further"]:
         optimizer.load_state_dict({**optimizer.state_dict(), **saved["further"]})
-
-
-def _placed(key: str, value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor) or key == "step":
-        return value
-    return value.to(parameter.device)

@@ -12,6 +12,7 @@ from torch import nn
 
 from veneer.core.delta import Written
 from veneer.errors import UserError
+from veneer.train.shards import sharded
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -42,10 +43,10 @@ def choose(adapter: Adapter, wanted: str, device: torch.device, plain: bool) -> 
 
     now = base_dtype(adapter.model)
     written = any(isinstance(d, Written) for d in adapter.every().values())
-    sharded = any(hasattr(p, "to_local") for p in adapter.model.parameters())
+    spread = any(sharded(p) for p in adapter.model.parameters())
     fixed = (
         "tensors of the base train" if written
-        else "the base is sharded" if sharded
+        else "the base is sharded" if spread
         else "it is not a transformers model" if not plain
         else ""
     )  # fmt: skip

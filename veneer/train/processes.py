@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.train.shards import sharded
+
 
 class Processes:
     """The processes of the run, as accelerate or torchrun started them; one when nothing did."""
@@ -57,7 +59,7 @@ class Processes:
         """
         if self.world == 1:
             return
-        plain = [p for p in params if p.requires_grad and not hasattr(p, "to_local")]
+        plain = [p for p in params if p.requires_grad and not sharded(p)]
         had = torch.tensor([p.grad is not None for p in plain], dtype=torch.float32, device=self.device)
         torch.distributed.all_reduce(had)
         plain = [p for p, n in zip(plain, had.tolist()) if n]

@@ -30,7 +30,7 @@ class Settings(Fields):
     warmup: Annotated[float | None, At(ge=0, doc="steps of warm-up, or below 1 a share of the steps")] = None
     schedule: Annotated[Literal[KINDS], At(doc="shape of the learning rate after the warm-up")] = "linear"
     weight_decay: Annotated[float, At(ge=0, doc="AdamW's decoupled decay")] = 0.0
-    clip: Annotated[float | None, At(gt=0, doc="largest norm of the gradient; None: no clipping")] = 1.0
+    clip: Annotated[float | None, At(ge=0, doc="largest norm of the gradient; 0: no clipping")] = 1.0
     eval_every: Annotated[int | None, At(ge=1, doc="steps between evaluations; each epoch when not given")] = None
     eval_batch_size: Annotated[int | None, At(ge=1, doc="rows a batch in evaluation; else twice batch_size")] = None
     early_stopping: Annotated[int | None, At(ge=1, doc="evaluations without a better loss before stopping")] = None

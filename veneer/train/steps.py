@@ -17,9 +17,10 @@ from veneer.core.hook import Hook, Schedule
 from veneer.errors import UserError
 from veneer.train import checkpoint, optimizer
 from veneer.train.feed import BatchFeed, Micro, RowFeed
-from veneer.train.finite import culprit
+from veneer.train.finite import NotFiniteError, culprit
 from veneer.train.processes import Processes
 from veneer.train.settings import Settings
+from veneer.train.shards import gathered, load_state, local, sharded
 from veneer.train.tasks import Task, forward, moved
 
 POINTS = ("before_step", "loss", "micro_step", "after_backward", "before_optimizer", "after_step", "on_epoch")
@@ -107,15 +108,13 @@ class Training:
         return math.ceil((self.settings.epochs or 1.0) * per_epoch)
 
     def _ends(self) -> list[int]:
-        """The step at which each phase of the recipe ends, by the phases' shares."""
-        shares = [p.share for p in self.adapter.phases]
-        ends, done = [], 0.0
-        for share in shares:
-            done += share / sum(shares)
-            ends.append(round(done * self.total))
+        """The step at which each phase of the recipe ends, by the shares of those that are left."""
+        first = self.adapter.phase
+        shares = [p.share for p in self.adapter.phases[first:]]
+        ends = [round(sum(shares[: i + 1]) / sum(shares) * self.total) for i in range(len(shares))]
         if any(b <= a for a, b in zip([0, *ends], ends)):
             raise UserError(f"{self.total} steps are too few for the {len(ends)} phases of {self.adapter.recipe}")
-        return ends
+        return [0] * first + ends
 
     # -- phases --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +124,15 @@ class Training:
         self.phase_start = self.ends[phase - 1] if phase else 0
         steps = self.ends[phase] - self.phase_start
         kind, warmup = self.settings.shape(steps)
-        self.schedule = Schedule(steps, lr, warmup, kind)
+        self.schedule = Schedule(
+            steps,
+            lr,
+            warmup,
+            kind,
+            accumulate=self.settings.accumulate,
+            clip=self.settings.clip or None,
+            processes=self.processes.world,
+        )
         self.adapter.optimizer = optimizer.build(self.adapter, lr, self.settings.weight_decay)
         self.hooks = {point: [h for h in self.adapter.hooks if overridden(h, point)] for point in POINTS}
         for hook in self.adapter.hooks:
@@ -142,14 +149,14 @@ class Training:
         """One optimiser step; gives the loss, a mean over the units of the whole accumulated batch.
 
         Raises:
-            UserError: the loss or the gradient is not finite; weights and optimiser are then as before the step.
+            NotFiniteError: the loss or the gradient is not finite; all is then as before the step.
         """
         began = time.perf_counter()
         adapter, opt, k = self.adapter, self.adapter.optimizer, self.at.step - self.phase_start
+        before = (self.at.epoch, self.at.index, adapter.root.draws, torch.get_rng_state())
         micros, ended = self._take()
         units, tokens = self.processes.sum(sum(m.units for m in micros), sum(m.tokens for m in micros))
         self.rate = optimizer.set_rates(adapter, opt, self.schedule, k)
-        random = torch.get_rng_state()
         self._call("before_step", k)
         loss = sum(self._micro(m, m.units / max(units, 1)) for m in micros)
         params = optimizer.parameters(opt)
@@ -159,8 +166,8 @@ class Training:
         norm = optimizer.gradient_norm(params)
         self.norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(self.norm)):
-            self._fail(loss, micros, random)
-        if self.settings.clip is not None:
+            self._fail(loss, micros, before)
+        if self.settings.clip:
             optimizer.clip(params, self.norm, self.settings.clip)
         self._call("before_optimizer", k)
         self.rate = optimizer.set_rates(adapter, opt, self.schedule, k)
@@ -234,28 +241,43 @@ class Training:
         return loss
 
     def _note_gradients(self) -> None:
-        """Keep the list of trained tensors that have had no gradient so far; short after the second step."""
-        named = dict(self.adapter.named_parameters())
+        """Keep the list of trained tensors that have had no gradient so far; short after the second step.
+
+        A tensor that was stepped inside backward has state, and its gradient is gone.
+        """
+        if self.at.idle == []:
+            return
+        stepped = self.adapter.optimizer.state
+        named = {n: p for n, p in self.adapter.named_parameters() if p.grad is not None or p not in stepped}
         left = list(named) if self.at.idle is None else [n for n in self.at.idle if n in named]
         if not left:
             self.at.idle = []
             return
         with_gradient = [n for n in left if named[n].grad is not None]
-        largest = torch._foreach_norm([optimizer.local(named[n].grad) for n in with_gradient], math.inf)
-        grown = {n for n, m in zip(with_gradient, torch.stack(largest).tolist() if largest else []) if m > 0}
-        self.at.idle = [n for n in left if n not in grown]
+        largest = [0.0] * len(left)
+        if with_gradient:
+            norms = torch._foreach_norm([local(named[n].grad) for n in with_gradient], math.inf)
+            found = dict(zip(with_gradient, torch.stack(norms).tolist()))
+            largest = [found.get(n, 0.0) for n in left]
+        self.at.idle = [n for n, m in zip(left, self.processes.sum(*largest)) if not m > 0]
 
-    def _fail(self, loss: float, micros: list[Micro], random: Tensor) -> None:
-        """Say what was not finite, where it came from and in which rows; nothing has moved yet."""
+    def _fail(self, loss: float, micros: list[Micro], before: tuple[int, int, int, Tensor]) -> None:
+        """Go back to before the step and say what was not finite, where it came from and in which rows."""
+        self.at.epoch, self.at.index, draws, random = before
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {self.norm}"
+        where = "it is not traced further on a sharded model"
+        if not any(sharded(p) for p in self.adapter.model.parameters()):
+            self._set_chance(draws, random)
+            batches = [moved(m.batch, self.processes.device, self.dtype) for m in micros]
+            found = self.processes.gather([culprit(self.adapter, batches, self.task.plainly)])
+            where = next((w for w in found if w), "it did not come again when the batch was run once more")
+        self._set_chance(draws, random)
+        rows = self.feed.where(self.processes.gather([r for m in micros for r in m.rows]))
+        raise NotFiniteError(f"step {self.at.step + 1}: {what}; {where}; the batch holds {rows}")
+
+    def _set_chance(self, draws: int, random: Tensor) -> None:
+        self.adapter.root.draws = draws
         torch.set_rng_state(random)
-        batches = [moved(m.batch, self.processes.device, self.dtype) for m in micros]
-        where = culprit(self.adapter, batches, self.task.plainly)
-        rows = self.feed.where([r for m in micros for r in m.rows])
-        raise UserError(
-            f"step {self.at.step + 1}: {what}; {where}; the batch holds {rows}. "
-            f"Try a smaller lr, a warm-up, precision='fp32', or look at those rows"
-        )
 
     # -- over a break --------------------------------------------------------------------------------------------------
 
@@ -265,11 +287,11 @@ class Training:
             "progress": asdict(self.at),
             "random": checkpoint.random_state(),
             "epoch_random": self.epoch_random,
-            "adapter": self.adapter.state(),
+            "adapter": gathered(self.adapter.state()),
             "fields": self.adapter.description()["fields"],
             "sites": list(self.adapter.deltas),
             "training": self.adapter.training_state(),
-            "optimizer": optimizer.state_by_name(self.adapter, self.adapter.optimizer),
+            "optimizer": gathered(optimizer.state_by_name(self.adapter, self.adapter.optimizer)),
         }
 
     def load(self, state: dict[str, Any], lr: float) -> None:
@@ -277,7 +299,7 @@ class Training:
         adapter = self.adapter
         restore(adapter, state["fields"], state["sites"], state["training"]["phase"])
         self.begin_phase(lr)
-        adapter.load_state(state["adapter"])
+        load_state(adapter, state["adapter"])
         adapter.load_training_state(state["training"])
         optimizer.load_state_by_name(adapter, adapter.optimizer, state["optimizer"])
         self.at = Progress(**state["progress"])

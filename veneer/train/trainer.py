@@ -160,7 +160,15 @@ class _Bridge:
             adapter.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             warmup = args.get_warmup_steps(num_training_steps)
             kind = KINDS.get(str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), "linear")
-            schedule = TrainerSchedule(num_training_steps, args.learning_rate, warmup, kind)
+            schedule = TrainerSchedule(
+                num_training_steps,
+                args.learning_rate,
+                warmup,
+                kind,
+                accumulate=args.gradient_accumulation_steps,
+                clip=args.max_grad_norm or None,
+                processes=args.world_size,
+            )
             schedule.__dict__["curve"] = self._veneer_curve(num_training_steps, warmup)
             self.veneer_schedule = schedule
             self.veneer_hooks = {p: [h for h in adapter.hooks if overridden(h, p)] for p in POINTS}
