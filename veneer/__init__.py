@@ -10,7 +10,7 @@ from typing import Any
 
 _PUBLIC = {
     "Adapter": "api",
-    "Schedule": "core.hook",
+    "Schedule": "numerics.schedule",
     "UserError": "errors",
     "adapters": "core.adapter",
     "attach": "api",

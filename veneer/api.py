@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.core import adapter as core
-from veneer.core.attach import attach
 from veneer.core.delta import Delta
 from veneer.core.hook import Plan
 from veneer.errors import UserError
 from veneer.parts import description, folding, state, trainability
+from veneer.parts.attach import attach
 
 __all__ = ["Adapter", "attach", "load"]
 
@@ -85,7 +85,7 @@ class Adapter(core.Adapter):
         if self._undo is None:
             self.fold()
         self._undo = None
-        self.remove(restore=False)
+        self.remove()
         return self.model
 
     def detach(self) -> nn.Module:
@@ -94,7 +94,7 @@ class Adapter(core.Adapter):
             raise UserError(f"the adapter {self.name!r} was attached with keep_base=False: the base weights are gone")
         if self._undo is not None:
             self.unfold()
-        self.remove(restore=True)
+        self.remove()
         return self.model
 
     # -- training
@@ -161,8 +161,19 @@ class Adapter(core.Adapter):
         return export(self, path, format=format, **options)
 
 
-def load(model: nn.Module, directory: str | Path, *, name: str = "default", force: bool = False) -> Adapter:
-    """Attach an adapter from disk: ours or a PEFT directory; ``force`` accepts another base."""
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    force: bool = False,
+    initial: str | Path | None = None,
+) -> Adapter:
+    """Attach an adapter from disk: ours or a PEFT directory.
+
+    ``force`` accepts another base; ``initial`` is the directory of the untrained adapter, for a PEFT directory whose
+    start moved weight out of the base and cannot be made again.
+    """
     from veneer.io.native import load as read
 
-    return read(model, directory, name=name, force=force)
+    return read(model, directory, name=name, force=force, initial=initial)

@@ -78,22 +78,17 @@ class Fields:
 
 @cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a Fields class in order of definition, base classes first."""
+    """The fields of a Fields class: its ``Annotated`` attributes that have a default, base classes first."""
     found: dict[str, Field] = {}
     for owner in reversed([c for c in cls.__mro__ if issubclass(c, Fields)]):
         for name, hint in inspect.get_annotations(owner).items():
-            if name.startswith("_") or not hasattr(cls, name):
-                continue
-            hint = eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint
-            if get_origin(hint) is ClassVar or hint is ClassVar:
-                continue
-            at = next((a for a in get_args(hint)[1:] if isinstance(a, At)), At()) if _annotated(hint) else At()
-            found[name] = Field(name, get_args(hint)[0] if _annotated(hint) else hint, getattr(cls, name), at)
+            if isinstance(hint, str) and hint.startswith("Annotated["):
+                hint = eval(hint, vars(sys.modules[owner.__module__]))
+            if get_origin(hint) is Annotated and hasattr(cls, name):
+                kind, *notes = get_args(hint)
+                at = next((a for a in notes if isinstance(a, At)), At())
+                found[name] = Field(name, kind, getattr(cls, name), at)
     return found
-
-
-def _annotated(hint: Any) -> bool:
-    return get_origin(hint) is Annotated
 
 
 def _convert(field: Field, value: Any, owner: str) -> Any:

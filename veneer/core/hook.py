@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,44 +12,13 @@ from torch import Tensor, nn
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import Fields
+from veneer.numerics.schedule import Schedule
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
-    from veneer.core.evidence import Evidence
 
 Plan = dict[str, dict[str, Any] | None]  # site path → overrides of the delta's fields; None drops the site
 Run = Callable[..., Any]  # run(batch, adapter="on" | "off" | state) → the model's outputs
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What only the run knows: the number of optimiser steps, the rate, the warm-up (steps) and the shape.
-
-    Besides: micro-batches a step, the norm that gradients are clipped to, and the number of processes.
-    """
-
-    steps: int
-    lr: float = 2e-4
-    warmup: int = 0
-    kind: Literal["linear", "cosine", "constant", "inverse-sqrt"] = "linear"
-    floor: float = 0.0
-    accumulate: int = 1
-    clip: float | None = None
-    processes: int = 1
-
-    def factor(self, step: int, start: int = 0) -> float:
-        """The share of ``lr`` at optimiser step ``step`` (from 0) for a group whose clock began at ``start``."""
-        t, total = step - start, max(1, self.steps - start)
-        if t < self.warmup:
-            return (t + 1) / (self.warmup + 1)
-        left = max(0.0, (total - t) / max(1, total - self.warmup))
-        shape = {
-            "linear": left,
-            "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
-            "constant": 1.0,
-            "inverse-sqrt": math.sqrt((self.warmup + 1) / (t + 1)),
-        }[self.kind]
-        return self.floor + (1 - self.floor) * shape
 
 
 @dataclass(frozen=True)
@@ -146,9 +114,7 @@ class Init(Hook):
     needs: ClassVar[frozenset[str]] = frozenset()
     starts_at_base: ClassVar[bool] = True
 
-    def start(
-        self, site: Site, slots: list[Any], evidence: Evidence | None, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def start(self, site: Site, slots: list[Any], evidence: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Tensors by role for one site; roles left out keep the delta's own start."""
         raise NotImplementedError
 

@@ -94,7 +94,7 @@ class Site:
         """Apply a dense (out, in) matrix, and a bias, as the layer applies its own."""
         m, W = self.module, W if not x.is_floating_point() else W.to(x.dtype)
         if self.kind == "embedding":
-            y = F.embedding(x, W.T, m.padding_idx)
+            y = F.embedding(x, W.T, m.padding_idx) * getattr(m, "embed_scale", 1.0)
             return y if b is None else y + b
         b = b if b is None else b.to(x.dtype)
         if self.kind == "conv":
@@ -114,6 +114,8 @@ class Site:
     def lift(self, h: Tensor, B: Tensor) -> Tensor:
         """Apply B (out, r) to h (…, r): the layout of the layer's output."""
         y = F.linear(h, B)
+        if self.kind == "embedding":
+            return y * getattr(self.module, "embed_scale", 1.0)  # Gemma's
         return y.movedim(-1, -1 - _dims(self.module)) if self.kind == "conv" else y
 
     def input_rows(self, x: Tensor) -> Tensor:
@@ -155,6 +157,16 @@ def _convolve(m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, groups: int)
 def type_named(module: nn.Module, name: str) -> bool:
     """Whether a class of that name is among the module's classes (for layers of packages not imported here)."""
     return any(c.__name__ == name for c in type(module).__mro__)
+
+
+WORDS: dict[str, Callable[[Site], bool]] = {
+    "linear": lambda s: s.kind == "linear" and s.role != "head",
+    "attention": lambda s: s.role in ("q", "k", "v", "o"),
+    "mlp": lambda s: s.role in ("gate", "up", "down"),
+    "conv": lambda s: s.kind == "conv",
+    "embedding": lambda s: s.kind == "embedding",
+    "all": lambda s: True,
+}
 
 
 def all_sites(model: nn.Module) -> list[Site]:
@@ -238,10 +250,9 @@ def find_sites(model: nn.Module, select: Select = "linear") -> list[Site]:
         chosen = [s for s in sites if select(s)]
         _require(chosen, "the function", sites)
         return chosen
-    names = [select] if isinstance(select, str) else list(select)
-    keep: set[int] = set()
-    for name in names:
-        hits = [i for i, s in enumerate(sites) if _matches(s, name, model)]
+    head, keep = architecture.head(model), set()
+    for name in [select] if isinstance(select, str) else list(select):
+        hits = [i for i, s in enumerate(sites) if _matches(s, name, head)]
         _require(hits, repr(name), sites)
         keep.update(hits)
     return [s for i, s in enumerate(sites) if i in keep]
@@ -260,24 +271,14 @@ def require_whole(site: Site, sites: list[Site], who: str) -> None:
         )
 
 
-def _matches(site: Site, name: str, model: nn.Module) -> bool:
-    head = architecture.head(model)
-    words = {
-        "linear": site.kind == "linear" and site.module is not head and site.role != "head",
-        "attention": site.role in ("q", "k", "v", "o"),
-        "mlp": site.role in ("gate", "up", "down"),
-        "conv": site.kind == "conv",
-        "embedding": site.kind == "embedding",
-        "all": True,
-    }
-    if name in words:
-        return words[name]
+def _matches(site: Site, name: str, head: nn.Module | None) -> bool:
+    if name in WORDS:
+        return WORDS[name](site) and (name != "linear" or site.module is not head)
     if name.startswith(("^", "re:")):
         return re.search(name.removeprefix("re:"), site.path) is not None
-    path, module_path = site.path, site.module_path
-    return any(p == name or p.endswith("." + name) or fnmatch.fnmatch(p, name) for p in (path, module_path)) or (
-        "*" not in name and site.role == name
-    )
+    if name == site.role:
+        return True
+    return any(p == name or p.endswith("." + name) or fnmatch.fnmatch(p, name) for p in (site.path, site.module_path))
 
 
 def _require(hits: list, name: str, sites: list[Site]) -> None:

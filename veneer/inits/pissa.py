@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from veneer.core.evidence import Evidence
+from veneer.parts.evidence import Evidence
 from veneer.core.hook import Init
 from veneer.core.registry import method
 from veneer.core.site import Site

@@ -6,8 +6,7 @@ site become one pair (their updates add up, so their factors stack), and the row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from veneer.core.delta import Delta, Written
 from veneer.core.site import Site, site_at
 from veneer.errors import UserError
 from veneer.models import architecture
+from veneer.parts.folding import trained_in_place
 
 
 @dataclass
@@ -115,20 +115,6 @@ def _by_layer(adapter: Adapter, form: Callable[[Delta], Factors], target: str) -
             )
         layers.setdefault(delta.site.module_path, []).append(form(delta))
     return [_whole(adapter, path, parts) for path, parts in layers.items()]
-
-
-@contextmanager
-def trained_in_place(adapter: Adapter) -> Iterator[None]:
-    """With the base tensors that train holding their trained values, which is what lies beneath the other deltas."""
-    tensors = [(d.base_tensor(), d.parameter()) for d in adapter.every().values() if isinstance(d, Written)]
-    before = [p.data for p, _ in tensors]
-    try:
-        for p, value in tensors:
-            p.data = value.detach().to(p.dtype)
-        yield
-    finally:
-        for (p, _), old in zip(tensors, before):
-            p.data = old
 
 
 def _whole(adapter: Adapter, path: str, parts: list[Factors]) -> Factors:

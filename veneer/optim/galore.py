@@ -88,7 +88,7 @@ class GaLore(Optim):
     beta2: Annotated[float, At(ge=0, lt=1, doc="decay of the second moment")] = 0.999
     eps: Annotated[float, At(gt=0, doc="added to the root of the second moment")] = 1e-6
 
-    handles: tuple[Any, ...] = ()
+    handles = ()
 
     def groups(self, adapter: Adapter) -> list[dict[str, Any]]:
         """The matrices that are projected, apart from what gets plain AdamW."""

@@ -85,6 +85,11 @@ class LoRAPro(Optim):
     beta2: Annotated[float, At(ge=0, lt=1, doc="decay of the second moment, full mode")] = 0.999
     eps: Annotated[float, At(gt=0, doc="added to the root of the second moment, full mode")] = 1e-8
 
+    @property
+    def usual_rate(self) -> float | None:
+        """2e-5 in full mode, which steps like full fine-tuning."""
+        return 2e-5 if self.mode == "full" else None
+
     def on_attach(self, adapter: Adapter) -> None:
         if not any(True for _ in adapter.pairs()):
             raise UserError(f"lora-pro adjusts plain pairs of factors, and gates leave none in {adapter.recipe}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,44 @@ from veneer.models import architecture
 Undo = dict[tuple[nn.Module, str], Tensor | None]
 
 
+@contextmanager
+def trained_in_place(adapter: Adapter) -> Iterator[None]:
+    """With the base tensors that train holding their trained values, which is what lies beneath the other deltas."""
+    tensors = [(d.base_tensor(), d.parameter()) for d in adapter.every().values() if isinstance(d, Written)]
+    before = [p.data for p, _ in tensors]
+    try:
+        for p, value in tensors:
+            p.data = value.detach().to(p.dtype)
+        yield
+    finally:
+        for (p, _), old in zip(tensors, before):
+            p.data = old
+
+
 @torch.no_grad()
-def folded_weights(adapter: Adapter) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
+def folded_weights(adapter: Adapter) -> list[tuple[Site, Tensor, Tensor | None]]:
     """(site, W', b') in fp32 for each site, this adapter alone; raises UserError where a form cannot fold.
 
-    At a parameter site W' is the tensor; base tensors that train as they are are among these.
+    At a parameter site W' is the tensor. Base tensors that train as they are come first, and the others lie on them.
     """
-    for d in adapter.every().values():
-        if isinstance(d, Written):
-            yield d.site, d.parameter().detach(), None
-            continue
-        if not d.folds:
-            why = d.reasons.get("folds", "its change is not a matrix")
-            raise UserError(f"{d.name} cannot fold into the weights: {why}; save or serve the adapter instead")
-        if d.site.name is not None:
-            p = d.site.weight()
-            yield d.site, d.weight(p) if p is None else p.float() + d.weight(p), None
-            continue
-        W, b = None if d.replaces and not adapter.keep_base else d.site.weight().float(), d.site.bias()
-        b = b if b is None else b.float()
-        for link in d.under():
-            W, b = link.fold(W, b)
-        yield d.site, W, b
+    new = [(d.site, d.parameter().detach().clone(), None) for d in adapter.every().values() if isinstance(d, Written)]
+    with trained_in_place(adapter):
+        new += [_folded(adapter, d) for d in adapter.deltas.values() if not isinstance(d, Written)]
+    return new
+
+
+def _folded(adapter: Adapter, d: Delta) -> tuple[Site, Tensor, Tensor | None]:
+    if not d.folds:
+        why = d.reasons.get("folds", "its change is not a matrix")
+        raise UserError(f"{d.name} cannot fold into the weights: {why}; save or serve the adapter instead")
+    if d.site.name is not None:
+        p = d.site.weight()
+        return d.site, d.weight(p) if p is None else p.float() + d.weight(p), None
+    W, b = None if d.replaces and not adapter.keep_base else d.site.weight().float(), d.site.bias()
+    b = b if b is None else b.float()
+    for link in d.under():
+        W, b = link.fold(W, b)
+    return d.site, W, b
 
 
 @torch.no_grad()
@@ -48,7 +65,7 @@ def fold(adapter: Adapter) -> Undo:
     """
     _check(adapter)
     undo: Undo = {}
-    new = list(folded_weights(adapter))
+    new = folded_weights(adapter)
     for site, _, _ in new:
         for name in (site.name,) if site.name is not None else ("weight", "bias"):
             p = site.module._parameters.get(name)
@@ -83,8 +100,9 @@ def untie(model: nn.Module) -> list[str]:
             old = module._parameters[attribute]
             module._parameters[attribute] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
             made.append(name)
-    if made and hasattr(getattr(model, "config", None), "tie_word_embeddings"):
-        model.config.tie_word_embeddings = False
+    if made and hasattr(model, "config"):
+        for config in (model.config, architecture.text_config(model)):
+            config.tie_word_embeddings = False
     return made
 
 

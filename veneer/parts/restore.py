@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.core import attach as core
+from veneer.core import build as core
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter
 from veneer.core.site import find_sites
 from veneer.errors import UserError, nearest
 from veneer.models.fingerprint import base_fingerprint
+from veneer.parts.attach import trained_tensors
 from veneer.parts.state import load_state
 
 
@@ -46,7 +47,7 @@ def attach_from(
         [by_path[p] for p in description["sites"]],
         hooks,
         plan=description["fields"],
-        tensors=core.trained_tensors(model, description["train"]),
+        tensors=trained_tensors(model, description["train"]),
         name=name,
         seed=description["seed"],
         base=base,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,17 +82,26 @@ def resume(
         return given, named | {"hidden_states": h}
 
     handle = blocks[start].register_forward_pre_hook(enter, with_kwargs=True)
-    own = [(b, b.__dict__.get("forward")) for b, _ in skipped]
-    for block, output in skipped:
-        block.__dict__["forward"] = lambda *a, output=output, **k: output
     try:
-        return run(*args, **kwargs)
+        with standing_in({b: lambda *a, output=output, **k: output for b, output in skipped}):
+            return run(*args, **kwargs)
     finally:
         handle.remove()
-        for block, forward in own:
-            block.__dict__.pop("forward")
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within it each module runs the function given for it in place of its forward."""
+    own = {m: m.__dict__.get("forward") for m in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            module.__dict__.pop("forward", None)
             if forward is not None:
-                block.__dict__["forward"] = forward
+                module.__dict__["forward"] = forward
 
 
 @contextmanager

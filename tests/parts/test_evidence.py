@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import make
 
-from veneer.core.evidence import gather
+from veneer.parts.evidence import gather
 from veneer.core.site import find_sites
 from veneer.errors import UserError
 
