@@ -93,7 +93,17 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one(tmp_
 
 
 @pytest.mark.parametrize(
-    "recipe", ["lora(dropout=0.1)", "dora+pissa", "full", "lora+sora", "lora+lora-pro+ba-lora", "lora+nf4"]
+    "recipe",
+    [
+        "lora(dropout=0.1)",
+        "dora+pissa",
+        "full",
+        "lora+sora",
+        "lora+lora-pro+ba-lora",
+        "lora+nf4",
+        "increlora",
+        "galore",
+    ],
 )
 @pytest.mark.parametrize("after", [6, 9])
 def test_every_kind_of_state_survives_a_break(tmp_path, recipe, after):

@@ -13,7 +13,7 @@ from veneer.train.shards import local, sharded, spread
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
-    from veneer.core.hook import Schedule
+    from veneer.numerics.schedule import Schedule
 
 
 def build(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from veneer.fields import At, Fields
 from veneer.errors import UserError
+from veneer.fields import At, Fields
 
 TASKS = ("causal", "seq2seq", "classification", "token-classification", "regression", "image-classification")
 KINDS = ("linear", "cosine", "constant", "constant-with-warmup", "inverse-sqrt")

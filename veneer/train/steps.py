@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.context import Context, current
-from veneer.core.hook import Hook, Schedule
+from veneer.core.hook import Hook
 from veneer.errors import UserError
+from veneer.numerics.schedule import Schedule
 from veneer.train import checkpoint, optimizer
 from veneer.train.feed import BatchFeed, Micro, RowFeed
 from veneer.train.finite import NotFiniteError, culprit

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter
-from veneer.core.hook import Schedule
 from veneer.errors import UserError
 from veneer.io.native import contents
+from veneer.numerics.schedule import Schedule
 from veneer.train import checkpoint, optimizer
 from veneer.train.steps import POINTS, Passes, Runner, overridden, restore
 from veneer.train.tasks import Task
