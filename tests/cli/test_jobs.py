@@ -153,3 +153,13 @@ def test_flags_of_train_are_keywords_of_fit(model):
 
     flags = {parameter.name for parameter in get_command(main.app).commands["train"].params}
     assert set(fields_of(Settings)) <= flags
+
+
+def test_a_classifier_gets_a_head_for_the_classes_of_the_data(model, tmp_path, capsys):
+    data, out = tmp_path / "kinds.csv", tmp_path / "run"
+    rows = [("the sky", "up"), ("the grass", "down"), ("the rose", "down")] * 10
+    data.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    settings = ["--steps", 30, "--lr", "2e-2", "--save-every", 30]
+    assert veneer("train", "--model", model, "--data", data, "--out", out, *settings) == 0
+    assert json.loads((out / "run.json").read_text())["held_out"]["scores"]["accuracy"] == 1.0
+    assert "head  base tensor" in capsys.readouterr().out
