@@ -101,10 +101,18 @@ class Base:
         return {role: part.module for role, part in self.site.parts.items()}
 
 
-class Adapted:
-    """Mixed into a module's class: runs the deltas hung on ``veneer`` around the module's own forward."""
+class Swapped:
+    """A class put in place of a module's own; pickling and copying go by the own class and the mixin."""
 
     _veneer_base: type[nn.Module]
+    _veneer_mixin: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuilt, (self._veneer_mixin, self._veneer_base), self.__dict__
+
+
+class Adapted(Swapped):
+    """Mixed into a module's class: runs the deltas hung on ``veneer`` around the module's own forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         whole, rows, tensors = self.veneer_links()
@@ -157,9 +165,6 @@ class Adapted:
         self.__dict__["_veneer_cache"] = (switch.version, links)
         return links
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuilt, (self._veneer_base,), self.__dict__
-
 
 def _run_rows(module: nn.Module, deltas: tuple[Delta, ...], args: tuple, kwargs: dict[str, Any]) -> Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
@@ -195,10 +200,8 @@ def _replaced(module: nn.Module, tensors: tuple[Delta, ...]):
         module._parameters.update(before)
 
 
-class AdaptedBlock:
+class AdaptedBlock(Swapped):
     """Mixed into a block's class: the forward context rides in the call's keywords, so recomputation gets it too."""
-
-    _veneer_base: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault(KEY, current())
@@ -209,29 +212,16 @@ class AdaptedBlock:
         with using(ctx if ctx is not None else current()):
             return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuilt_block, (self._veneer_base,), self.__dict__
-
 
 @cache
-def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` that runs deltas; one per class."""
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"_veneer_base": cls, "__module__": __name__})
+def swapped(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls`` with a mixin; one per class. A block's keeps the name, by which wrapping policies go."""
+    name = cls.__name__ if mixin is AdaptedBlock else f"Adapted{cls.__name__}"
+    return type(name, (mixin, cls), {"_veneer_base": cls, "_veneer_mixin": mixin, "__module__": __name__})
 
 
-@cache
-def block_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block's class that carries the context, under the same name (wrapping policies go by it)."""
-    return type(cls.__name__, (AdaptedBlock, cls), {"_veneer_base": cls, "__module__": __name__})
-
-
-def _rebuilt(cls: type[nn.Module]) -> nn.Module:
-    new = adapted_class(cls)
-    return new.__new__(new)
-
-
-def _rebuilt_block(cls: type[nn.Module]) -> nn.Module:
-    new = block_class(cls)
+def _rebuilt(mixin: type, cls: type[nn.Module]) -> nn.Module:
+    new = swapped(mixin, cls)
     return new.__new__(new)
 
 
@@ -259,7 +249,7 @@ def swap_in(module: nn.Module, key: str, delta: Delta, switch: Switch) -> None:
             raise UserError(f"the module {type(module).__name__} already has a child called 'veneer'")
         if "forward" in module.__dict__:
             module.__dict__["_veneer_forward"] = module.__dict__.pop("forward")
-        module.__class__ = adapted_class(type(module))
+        module.__class__ = swapped(Adapted, type(module))
         module.veneer = nn.ModuleDict()
         module.__dict__["_veneer_switch"] = switch
         module.__dict__["_veneer_hooks"] = hide(module)

@@ -35,7 +35,7 @@ class Root:
             self.handles.append(module.register_forward_hook(self.after, always_call=True))
         self.handles.extend(adapted.hide(model))
         for _, block in architecture.blocks(model):
-            block.__class__ = adapted.block_class(type(block))
+            block.__class__ = adapted.swapped(adapted.AdaptedBlock, type(block))
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open the context of a forward pass, unless one is open, and let deltas prepare."""

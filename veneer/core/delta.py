@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class LoRAForm(NamedTuple):
-    """A change as plain LoRA on the original W: ΔW = scale · B A, and the change of the bias (out,) or None."""
+    """A change as plain LoRA on W: ΔW = scale · B A, and the change of the bias (out,) or None."""
 
     A: Tensor
     B: Tensor
@@ -165,24 +165,20 @@ class Delta(Fields, nn.Module):
 
     def set_gate(self, value: Tensor | None) -> None:
         """Put a trained multiplier (r,) on the components, or take it off."""
-        if self.gate is not None:
-            delattr(self, "gate")
+        self._parameters.pop("gate", None)
         self.gate = None
         if value is not None:
             self.set_tensor("gate", value, trained=True)
 
     def set_tensor(self, name: str, value: Tensor, *, trained: bool = False) -> None:
         """Make or replace a tensor: a Parameter when it trains, else a buffer."""
-        value = value.detach().to(self.site_device())
-        kept = (name in self._parameters and not trained) or (name in self._buffers and trained)
-        if kept:
-            delattr(self, name)
+        value = value.detach().to(self.site_device()).contiguous()
+        for home in (self._parameters, self._buffers, self.__dict__):
+            home.pop(name, None)
         if trained:
-            setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=True))
+            self.register_parameter(name, nn.Parameter(value))
         else:
-            if name in self.__dict__:
-                del self.__dict__[name]
-            self.register_buffer(name, value.contiguous())
+            self.register_buffer(name, value)
 
     def site_device(self) -> torch.device:
         """Where the site's own tensors live."""

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.numerics import lowrank
 from veneer.numerics.dropout import keep_mask
+from veneer.numerics.lowrank import Branch, Factors
 
 Weight = Tensor | Callable[[], Tensor] | None
 
@@ -97,7 +98,8 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, A, B, gain, stored, scale, dropout, seed):
         ctx.dtype, ctx.facts = compute_dtype(x), (stored, scale, dropout, seed)
         with _as_given(x):
-            (y,), (h,), (z,) = lowrank.run(_rows(x, ctx.dtype), [_branch(ctx, weight, bias, A, B, gain)])
+            group = [_branch(ctx, weight, bias, A, B, gain)]
+            (y,), (h,), (z,) = lowrank.run(_rows(x, ctx.dtype), group, Factors.of(group, ctx.dtype))
         need = ctx.needs_input_grad
         kept = x if need[3] else x.new_empty(()).expand(x.shape)  # without a gradient of A its shape is enough
         ctx.save_for_backward(kept, weight, bias, A, B, gain, h if need[4] else None, z if need[5] else None)
@@ -109,9 +111,11 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, bias, A, B, gain, h, z = ctx.saved_tensors
         need = ctx.needs_input_grad
         with _as_given(x):
+            group = [_branch(ctx, weight, bias, A, B, gain)]
             grad_x, (found,) = lowrank.gradients(
                 _rows(x, ctx.dtype),
-                [_branch(ctx, weight, bias, A, B, gain)],
+                group,
+                Factors.of(group, ctx.dtype),
                 [grad_y.reshape(-1, grad_y.shape[-1])],
                 [h],
                 [z],
@@ -123,9 +127,9 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, *found, None, None, None, None
 
 
-def _branch(ctx, weight, bias, A, B, gain) -> lowrank.Branch:
+def _branch(ctx, weight, bias, A, B, gain) -> Branch:
     stored, scale, dropout, seed = ctx.facts
-    return lowrank.Branch(stored if weight is None else weight, bias, A, B, scale, dropout, seed, gain)
+    return Branch(stored if weight is None else weight, bias, A, B, scale, dropout, seed, gain)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

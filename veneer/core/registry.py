@@ -60,7 +60,6 @@ class Method:
 
 _methods: dict[str, Method] = {}
 _systems: dict[str, str] = {}
-_aliases: dict[str, str] = {}
 _walked: list[bool] = []
 
 
@@ -101,12 +100,6 @@ def systems() -> dict[str, str]:
     """The named sums."""
     _walk()
     return dict(_systems)
-
-
-def aliases() -> dict[str, str]:
-    """Other spellings of names, accepted when they stand alone (``lora+``)."""
-    _walk()
-    return dict(_aliases)
 
 
 def methods(axis: str | None = None) -> list[Method]:
