@@ -291,6 +291,22 @@ def test_what_is_kept_for_backward_is_less_than_of_the_frozen_base(p, attention,
     assert ours < frozen
 
 
+@pytest.mark.parametrize("layers", ["", "o", "gate", "down"])
+def test_the_input_of_frozen_factors_is_not_kept(layers):
+    """A frozen layer keeps no input, nor does one whose A is frozen (LoRA-FA); the gradients stay right."""
+    model = with_pairs(tiny(), names=layers) if layers else tiny().requires_grad_(False)
+    for m in model.modules():
+        if isinstance(m, Pair):
+            m.A.requires_grad_(False)
+    own = outputs_and_gradients(model, tokens())
+    x = torch.randn(3, TIME, 32).requires_grad_()
+    with fast_forms(model, plain):
+        assert difference(outputs_and_gradients(model, tokens()), own) < 2e-5
+        mlp = kept_bytes(lambda: model.model.layers[0].mlp(x), model)
+    small = (3 + 1) * 3 * TIME * 4 + 4 * (32 + 48) * 3
+    assert mlp < 2 * 48 * 3 * TIME * 4 + small  # gate and up
+
+
 def test_the_same_mask_comes_from_the_same_seed_in_every_precision():
     masks = [keep_mask(5, (30, 20), 0.3, d, torch.device("cpu")).double() for d in (torch.float64, torch.bfloat16)]
     assert torch.equal(*masks)

@@ -76,9 +76,11 @@ def _by_group(x: Tensor, groups: int, head_dim: int) -> Tensor:
     return x.reshape(batch, time, groups, -1).transpose(1, 2).reshape(batch * groups, -1, head_dim)
 
 
-def _by_time(x: Tensor, batch: int, time: int) -> Tensor:
-    """The inverse of `_by_group`: ``(batch, time, heads · head_dim)``."""
-    return x.reshape(batch, x.shape[0] // batch, time, -1).transpose(1, 2).reshape(batch, time, -1)
+def _by_time(x: Tensor, out: Tensor) -> None:
+    """The inverse of `_by_group`, written into ``out (batch, time, heads · head_dim)``."""
+    batch, time = out.shape[:2]
+    x = x.view(batch, x.shape[0] // batch, time, -1).transpose(1, 2)
+    out.view(x.shape).copy_(x)
 
 
 def _blocks(time: int) -> list[tuple[int, int]]:
@@ -86,10 +88,10 @@ def _blocks(time: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, time)) for a in range(0, time, size)]
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, group: int, scale: float) -> Tensor:
-    """Of the times a … b: ``(batch · groups, (b − a) · group, b)``, from q ``(batch · groups, time · group, d)``."""
-    rows = q[:, a * group : b * group]
-    scores = torch.baddbmm(rows.new_zeros(()), rows, k[:, :b].transpose(1, 2), beta=0, alpha=scale)
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, scale: float) -> Tensor:
+    """Of the times a … b: ``(batch · groups, rows, b)`` from their ``q (batch · groups, rows, head_dim)``."""
+    scores = torch.baddbmm(q.new_zeros(()), q, k[:, :b].transpose(1, 2), beta=0, alpha=scale)
+    group = q.shape[1] // (b - a)
     if mask is None:
         later = torch.full((b - a, b - a), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
         scores.view(-1, b - a, group, b)[..., a:].add_(later[:, None])
@@ -101,41 +103,46 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, gr
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin, mask, head_dim, scale):
-        batch, time, width = q.shape
+        batch, time, _ = q.shape
         groups = k.shape[-1] // head_dim
-        group = width // (groups * head_dim)
         turn = (cos[:, :, None], sin[:, :, None])
-        Q = _by_group(_rotate(q.view(batch, time, -1, head_dim), *turn), groups, head_dim)
+        q = _rotate(q.view(batch, time, -1, head_dim), *turn)
         K = _by_group(_rotate(k.view(batch, time, -1, head_dim), *turn), groups, head_dim)
         V = _by_group(v, groups, head_dim)
-        out = torch.empty_like(Q)
-        kept = []
+        out = q.new_empty(batch, time, q.shape[2] * head_dim)
+        queries, kept = [], []
         for a, b in _blocks(time):
-            P = _probabilities(Q, K, mask, a, b, group, scale)
-            torch.bmm(P, V[:, :b], out=out[:, a * group : b * group])
+            Q = _by_group(q[:, a:b], groups, head_dim)
+            P = _probabilities(Q, K, mask, a, b, scale)
+            _by_time(torch.bmm(P, V[:, :b]), out[:, a:b])
+            queries.append(Q)
             if time <= KEPT:
                 kept.append(P)
-        ctx.save_for_backward(Q, K, V, cos, sin, mask, *kept)
-        ctx.shape, ctx.scale = (batch, time, groups, group, head_dim), scale
-        return _by_time(out, batch, time)
+        ctx.save_for_backward(K, V, cos, sin, mask, *queries, *kept)
+        ctx.facts = groups, head_dim, scale
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        Q, K, V, cos, sin, mask, *kept = ctx.saved_tensors
-        batch, time, groups, group, head_dim = ctx.shape
-        scale = ctx.scale
-        g = _by_group(grad, groups, head_dim)
-        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-        for i, (a, b) in enumerate(_blocks(time)):
-            rows = slice(a * group, b * group)
-            P = kept[i] if kept else _probabilities(Q, K, mask, a, b, group, scale)
-            dV[:, :b].baddbmm_(P.transpose(1, 2), g[:, rows])
-            dP = torch.bmm(g[:, rows], V[:, :b].transpose(1, 2))
+        K, V, cos, sin, mask, *kept = ctx.saved_tensors
+        groups, head_dim, scale = ctx.facts
+        batch, time, _ = grad.shape
+        blocks = _blocks(time)
+        queries, kept = kept[: len(blocks)], kept[len(blocks) :]
+        q, k, v = torch.empty_like(grad), *grad.new_empty(2, batch, time, groups * head_dim)
+        dK, dV = torch.zeros_like(K), torch.zeros_like(V)
+        for i, (a, b) in enumerate(blocks):
+            Q, g = queries[i], _by_group(grad[:, a:b], groups, head_dim)
+            P = kept[i] if kept else _probabilities(Q, K, mask, a, b, scale)
+            dV[:, :b].baddbmm_(P.transpose(1, 2), g)
+            dP = torch.bmm(g, V[:, :b].transpose(1, 2))
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-            torch.baddbmm(dQ.new_zeros(()), dS, K[:, :b], beta=0, alpha=scale, out=dQ[:, rows])
-            dK[:, :b].baddbmm_(dS.transpose(1, 2), Q[:, rows], alpha=scale)
+            _by_time(torch.baddbmm(Q.new_zeros(()), dS, K[:, :b], beta=0, alpha=scale), q[:, a:b])
+            dK[:, :b].baddbmm_(dS.transpose(1, 2), Q, alpha=scale)
+        _by_time(dK, k)
+        _by_time(dV, v)
         turn = (cos[:, :, None], sin[:, :, None])
-        q = _rotate_back(_by_time(dQ, batch, time).view(batch, time, -1, head_dim), *turn)
-        k = _rotate_back(_by_time(dK, batch, time).view(batch, time, -1, head_dim), *turn)
-        return q.flatten(2), k.flatten(2), _by_time(dV, batch, time), None, None, None, None, None
+        q = _rotate_back(q.view(batch, time, -1, head_dim), *turn)
+        k = _rotate_back(k.view(batch, time, -1, head_dim), *turn)
+        return q.flatten(2), k.flatten(2), v, None, None, None, None, None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from veneer.numerics import lowrank
-from veneer.numerics.lowrank import Branch
+from veneer.numerics.lowrank import Branch, Factors
 
 Plain = Callable[[nn.Module], Sequence | None]
 
@@ -82,15 +82,21 @@ def keep_only(values: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Te
     return [v if n else None for v, n in zip(values, needs)]
 
 
+def input_of(x: Tensor, need: Sequence[tuple[bool, bool, bool, bool]]) -> Tensor:
+    """What is kept of the input: without a gradient of any A its shape is enough."""
+    return x if any(n[1] for n in need) else x.new_empty(()).expand(x.shape)
+
+
 class _LinearGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, facts, *tensors):
         branches = unflat(facts, tensors)
-        ys, hs, zs = lowrank.run(x.reshape(-1, x.shape[-1]), branches)
+        factors = Factors.of(branches, x.dtype)
+        ys, hs, zs = lowrank.run(x.reshape(-1, x.shape[-1]), branches, factors)
         need = wanted(ctx.needs_input_grad[2:])
         hs, zs = keep_only(hs, [n[2] for n in need]), keep_only(zs, [n[3] for n in need])
         ctx.facts = facts
-        ctx.save_for_backward(x, *tensors, *hs, *zs)
+        ctx.save_for_backward(input_of(x, need), *tensors, *hs, *zs, factors.A, *factors.B)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
@@ -98,13 +104,14 @@ class _LinearGroup(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *rest = ctx.saved_tensors
         count = len(ctx.facts)
-        tensors, kept = rest[: count * TENSORS], rest[count * TENSORS :]
+        tensors, rest = rest[: count * TENSORS], rest[count * TENSORS :]
         grad_x, found = lowrank.gradients(
             x.reshape(-1, x.shape[-1]),
             unflat(ctx.facts, tensors),
+            Factors(rest[2 * count], tuple(rest[2 * count + 1 :])),
             [g.reshape(-1, g.shape[-1]) for g in grads],
-            kept[:count],
-            kept[count:],
+            rest[:count],
+            rest[count : 2 * count],
             ctx.needs_input_grad[0],
             wanted(ctx.needs_input_grad[2:]),
         )

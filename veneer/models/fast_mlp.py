@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.models.fast_linear import TENSORS, facts, flat, in_order, keep_only, unflat, wanted
+from veneer.models.fast_linear import TENSORS, facts, flat, in_order, input_of, keep_only, unflat, wanted
 from veneer.numerics import lowrank
-from veneer.numerics.lowrank import Branch
+from veneer.numerics.lowrank import Branch, Factors
 
 
 def gated_mlp(x: Tensor, gate: Branch, up: Branch, down: Branch) -> Tensor:
@@ -49,35 +49,38 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx, x, facts, *tensors):
         branches = unflat(facts, tensors)
         rows = x.reshape(-1, x.shape[-1])
-        (gate, up), hs, zs = lowrank.run(rows, branches[:2])
+        outer, inner = Factors.of(branches[:2], x.dtype), Factors.of(branches[2:], x.dtype)
+        (gate, up), hs, zs = lowrank.run(rows, branches[:2], outer)
         product = F.silu(gate).mul_(up)
-        (y,), (h,), (z,) = lowrank.run(product, branches[2:])
+        (y,), (h,), (z,) = lowrank.run(product, branches[2:], inner)
         need = wanted(ctx.needs_input_grad[2:])
         hs = keep_only([*hs, h], [n[2] for n in need])
         # Where there is a gain, what stood before it is kept in place of what came out.
         kept = [t if before is None else before for t, before in zip((gate, up), zs)]
         ctx.facts = facts
-        ctx.save_for_backward(x, *kept, z if need[2][3] else None, *hs, *tensors)
+        cast = (outer.A, *outer.B, inner.A, *inner.B)
+        ctx.save_for_backward(input_of(x, need[:2]), *kept, z if need[2][3] else None, *hs, *cast, *tensors)
         return y.view(x.shape[:-1] + y.shape[-1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, *rest = ctx.saved_tensors
-        kept, z, hs, tensors = rest[:2], rest[2], rest[3:6], rest[6:]
+        kept, z, hs, cast, tensors = rest[:2], rest[2], rest[3:6], rest[6:11], rest[11:]
         assert len(tensors) == 3 * TENSORS
+        outer, inner = Factors(cast[0], tuple(cast[1:3])), Factors(cast[3], tuple(cast[4:]))
         branches, need = unflat(ctx.facts, tensors), wanted(ctx.needs_input_grad[2:])
         zs = [None if b.gain is None else t for b, t in zip(branches, kept)]
         gate, up = (t if b.gain is None else _finished(t, b) for t, b in zip(kept, branches))
         active = F.silu(gate)
-        product = active * up
+        product = active * up if need[2][1] else active
         g = grad.reshape(-1, grad.shape[-1])
-        inner, last = lowrank.gradients(product, branches[2:], [g], hs[2:], [z], True, need[2:])
+        back, last = lowrank.gradients(product, branches[2:], inner, [g], hs[2:], [z], True, need[2:])
         del product
-        grads = _swiglu_gradients(inner, gate, up, active)
-        del inner, active, gate, up
-        rows = x.reshape(-1, x.shape[-1])
-        grad_x, first = lowrank.gradients(rows, branches[:2], grads, hs[:2], zs, ctx.needs_input_grad[0], need[:2])
+        grads = _swiglu_gradients(back, gate, up, active)
+        del back, active, gate, up
+        rows, need_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
+        grad_x, first = lowrank.gradients(rows, branches[:2], outer, grads, hs[:2], zs, need_x, need[:2])
         return (None if grad_x is None else grad_x.view(x.shape)), None, *in_order([*first, *last])
 
 

@@ -38,15 +38,35 @@ class Branch(NamedTuple):
         W = self.weight if isinstance(self.weight, Tensor) else self.weight()
         return W.to(dtype)
 
-    def scaled(self, dtype: torch.dtype) -> Tensor:
-        """``s/(1 − p) · B`` (out, r) in the compute precision, the factor applied in B's own."""
-        assert self.B is not None
-        return (self.B * self.factor).to(dtype)
-
     @property
     def factor(self) -> float:
         """The scale over the share of x that dropout leaves."""
         return self.scale / (1.0 - self.dropout)
+
+
+class Factors(NamedTuple):
+    """The factors of a group in the compute precision: all ``A_i`` as one (Σr, in) matrix, each ``s/(1 − p) · B_i``.
+
+    They are small; backward makes them again, or is given those of forward.
+    """
+
+    A: Tensor | None
+    B: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch], dtype: torch.dtype) -> Factors:
+        """Cast, scale and stack."""
+        A = [b.A.to(dtype) for b in branches if b.A is not None]
+        B = (None if b.B is None else b.B if b.factor == 1.0 else b.B * b.factor for b in branches)
+        return cls(
+            None if not A else A[0] if len(A) == 1 else torch.cat(A),
+            tuple(None if b is None else b.to(dtype) for b in B),
+        )
+
+    def split(self, stacked: Tensor, dim: int) -> list[Tensor | None]:
+        """Each branch's share of something stacked as ``A`` is."""
+        pieces = iter(stacked.split([b.shape[1] for b in self.B if b is not None], dim))
+        return [None if b is None else next(pieces) for b in self.B]
 
 
 class Gradients(NamedTuple):
@@ -58,19 +78,20 @@ class Gradients(NamedTuple):
     gain: Tensor | None
 
 
-def run(rows: Tensor, branches: Sequence[Branch]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+def run(
+    rows: Tensor, branches: Sequence[Branch], factors: Factors
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """The outputs ``y`` (N, out) of ``rows`` (N, in), and what backward needs: ``h = drop(x) Aᵀ`` (N, r), and for a
     branch with a gain ``z`` (N, out), the output before gain and bias."""
     dtype = rows.dtype
-    hidden = _project(rows, branches)
+    hidden = _project(rows, branches, factors)
     outputs: list[Tensor] = []
     before: list[Tensor | None] = []
-    for branch, h in zip(branches, hidden):
+    for branch, h, B in zip(branches, hidden, factors.B):
         b = None if branch.bias is None else branch.bias.to(dtype)
         late = branch.gain is not None or branch.weight is None
         y = None if branch.weight is None else F.linear(rows, branch.dense(dtype), None if late else b)
         if h is not None:
-            B = branch.scaled(dtype)
             y = h @ B.t() if y is None else y.addmm_(h, B.t())
         assert y is not None, "a branch has a weight or a change"
         z = None
@@ -91,6 +112,7 @@ def gained(z: Tensor, gain: Tensor) -> Tensor:
 def gradients(
     rows: Tensor,
     branches: Sequence[Branch],
+    factors: Factors,
     grads: Sequence[Tensor],
     hidden: Sequence[Tensor | None],
     before: Sequence[Tensor | None],
@@ -101,8 +123,7 @@ def gradients(
 
     ``grads`` are those of the outputs (N, out); ``hidden`` and ``before`` are what `run` gave, where they are needed.
     """
-    dtype = rows.dtype
-    sums = torch.promote_types(dtype, torch.float32)
+    sums = torch.promote_types(rows.dtype, torch.float32)
     found: list[Gradients] = []
     grads = list(grads)
     back: list[Tensor | None] = [None] * len(branches)
@@ -117,25 +138,13 @@ def gradients(
         B = None
         if need_B:
             # (hᵀ g)ᵀ rather than gᵀ h: the library's product is faster with the thin matrix on the left.
-            B = (hidden[i].t() @ g).t().to(branch.B.dtype) * branch.factor
+            B = (hidden[i].t() @ g).t().to(branch.B.dtype)
+            B = B if branch.factor == 1.0 else B * branch.factor
         if branch.A is not None and (need_A or need_rows):
-            back[i] = g @ branch.scaled(dtype)
+            back[i] = g @ factors.B[i]
         found.append(Gradients(bias, None, B, gain))
     found = [x._replace(A=A) for x, A in zip(found, _factor_gradients(rows, branches, back, [n[1] for n in needs]))]
-    return (_input_gradient(rows, branches, grads, back) if need_rows else None), found
-
-
-def _stacked(branches: Sequence[Branch], dtype: torch.dtype) -> Tensor | None:
-    """All ``A_i`` as one (Σr, in) matrix, or None when a mask sets the inputs apart."""
-    factors = [b.A for b in branches if b.A is not None]
-    if not factors or any(b.dropout for b in branches):
-        return None
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([A.to(dtype) for A in factors])
-
-
-def _split(stacked: Tensor, branches: Sequence[Branch], dim: int) -> list[Tensor | None]:
-    pieces = iter(stacked.split([b.A.shape[0] for b in branches if b.A is not None], dim))
-    return [None if b.A is None else next(pieces) for b in branches]
+    return (_input_gradient(rows, branches, factors, grads, back) if need_rows else None), found
 
 
 def _mask(rows: Tensor, branch: Branch) -> Tensor:
@@ -146,11 +155,13 @@ def _dropped(rows: Tensor, branch: Branch) -> Tensor:
     return rows * _mask(rows, branch) if branch.dropout else rows
 
 
-def _project(rows: Tensor, branches: Sequence[Branch]) -> list[Tensor | None]:
-    A = _stacked(branches, rows.dtype)
-    if A is not None:
-        return _split(rows @ A.t(), branches, 1)
-    return [None if b.A is None else _dropped(rows, b) @ b.A.to(rows.dtype).t() for b in branches]
+def _project(rows: Tensor, branches: Sequence[Branch], factors: Factors) -> list[Tensor | None]:
+    if factors.A is None:
+        return [None] * len(branches)
+    if not any(b.dropout for b in branches):
+        return factors.split(rows @ factors.A.t(), 1)
+    shares = zip(branches, factors.split(factors.A, 0))
+    return [None if A is None else _dropped(rows, b) @ A.t() for b, A in shares]
 
 
 def _factor_gradients(
@@ -170,29 +181,33 @@ def _factor_gradients(
 
 
 def _input_gradient(
-    rows: Tensor, branches: Sequence[Branch], grads: Sequence[Tensor], back: Sequence[Tensor | None]
+    rows: Tensor,
+    branches: Sequence[Branch],
+    factors: Factors,
+    grads: Sequence[Tensor],
+    back: Sequence[Tensor | None],
 ) -> Tensor:
     """``Σ g_i W_i + m_i ∘ (g_i B_i) A_i``, every product added into the first."""
-    dtype = rows.dtype
     total: Tensor | None = None
     for branch, g in zip(branches, grads):
         if branch.weight is not None:
-            W = branch.dense(dtype)
+            W = branch.dense(rows.dtype)
             total = g @ W if total is None else total.addmm_(g, W)
-    A = _stacked(branches, dtype)
-    if A is not None:
+    if factors.A is None:
+        assert total is not None
+        return total
+    if not any(b.dropout for b in branches):
         joined = [h for h in back if h is not None]
         h = joined[0] if len(joined) == 1 else torch.cat(joined, 1)
-        return h @ A if total is None else total.addmm_(h, A)
-    for branch, h in zip(branches, back):
+        return h @ factors.A if total is None else total.addmm_(h, factors.A)
+    for branch, h, A in zip(branches, back, factors.split(factors.A, 0)):
         if h is None:
             continue
-        through = h @ branch.A.to(dtype)
         if not branch.dropout:
-            total = through if total is None else total.add_(through)
+            total = h @ A if total is None else total.addmm_(h, A)
         elif total is None:
-            total = through.mul_(_mask(rows, branch))
+            total = (h @ A).mul_(_mask(rows, branch))
         else:
-            total.addcmul_(through, _mask(rows, branch))
+            total.addcmul_(h @ A, _mask(rows, branch))
     assert total is not None
     return total
