@@ -15,6 +15,11 @@ from veneer.core.hook import Schedule
 EXAMPLES = {  # what a name alone does not say
     "x-lora": "x-lora(adapters=['a', 'b'])",
     "lora": "lora(alpha=8.0)",
+    "lst": "lst(reduction=4)",
+}
+MODELS = {  # forms on whole modules, which not every architecture has
+    "mixlora": ("llama", "gpt2", "t5"),
+    "lst": ("llama", "gpt2", "bert", "vit"),
 }
 
 
@@ -39,7 +44,7 @@ def form(method: registry.Method) -> type:
 def models_for(method: registry.Method) -> list[str]:
     """The models that have a layer kind the method claims."""
     kinds = getattr(method.cls, "layers", None) or form(method).layers
-    found = dict.fromkeys(k for kind in kinds for k in KINDS[kind])
+    found = MODELS.get(method.name) or dict.fromkeys(k for kind in kinds for k in KINDS[kind])
     return [k for k in found if k != "t5" or getattr(method.cls, "encoder_decoder", True)]
 
 

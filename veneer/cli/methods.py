@@ -34,10 +34,11 @@ def command(
             f"[dim]{len(found)} methods; `veneer methods NAME` describes one; a recipe is a sum: lora+pissa[/dim]"
         )
         return
-    if name in registry.systems():
-        console.print(f"{name} is the sum {registry.systems()[name]}")
+    named = registry.systems().get(name, name)
+    if "+" in named:
+        console.print(f"{name} is the sum {named}")
         return
-    method = registry.find(registry.aliases().get(name, name))
+    method = registry.find(named)
     console.print(f"[bold]{method.name}[/bold]  {method.axis}")
     for line in catalogue.declared(method):
         console.print(line, markup=False)

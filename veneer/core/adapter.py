@@ -87,6 +87,14 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {} if root is None else dict(root.adapters)
 
 
+class Shared(nn.ModuleDict):
+    """What the sites of each adapter share, at the model's root."""
+
+    def forward(self, x: Any) -> Any:
+        """``x`` itself: an nn.Sequential runs all its children."""
+        return x
+
+
 class Adapter:
     """All deltas of one recipe on one model; ``veneer.api`` adds what reads, writes, folds and trains it."""
 
@@ -127,6 +135,10 @@ class Adapter:
         """The deltas and the base tensors that train as they are, by site path."""
         return self.deltas | self.trained
 
+    def members(self) -> Iterator[Delta]:
+        """The deltas of the recipe's form, those that a mixture is made of among them."""
+        return (m for d in self.deltas.values() for m in d.members())
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained tensors in a stable order, each once: sites, shared, hooks, then ``train``."""
         every: list[tuple[str, nn.Parameter]] = []
@@ -152,7 +164,7 @@ class Adapter:
 
     def pairs(self) -> Iterator[tuple[Site, nn.Parameter, nn.Parameter, float]]:
         """(site, A, B, scale) of every delta whose pair is two Parameters, ungated."""
-        for d in self.deltas.values():
+        for d in self.members():
             pair = d.pair()
             if pair is not None and isinstance(pair.A, nn.Parameter) and isinstance(pair.B, nn.Parameter):
                 yield d.site, pair.A, pair.B, pair.scale

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.core.adapter import Adapter, root_of
+from veneer.core.adapter import Adapter, Shared, root_of
 from veneer.core.delta import Delta, Written
 from veneer.core.hook import Hook, Init, Optim, Plan, Schedule
 from veneer.core.recipe import Part, Recipe
@@ -100,18 +100,12 @@ def build(
     adapter.hooks, adapter.plan, adapter.sites = hooks, plan, kept
     for h in hooks:
         h.adapter = adapter
-    for part in recipe.on("base"):
-        storage = part.method.cls(**part.fields)
-        for site in storage.places([s for s in find_sites(model, "linear") if not stored(s.module)]):
-            site.module.__dict__.setdefault("_veneer_digests", digests(site.module))
-            for h in (h for h in hooks if isinstance(h, Init)):
-                h.before_conversion(site, storage)
-            storage.convert(site)
     root.adapters[name] = adapter
     root.switch.change(names=(*root.switch.names, name))
     if len(root.adapters) == 1:
         model.requires_grad_(False)
     try:
+        _convert(adapter)
         pools = _shared(adapter)
         for site in kept:
             adapter.hang(site.path, _delta(adapter, site, plan.get(site.path) or {}, pools))
@@ -121,9 +115,20 @@ def build(
         adapter.remove()
         raise
     product = next((h.product for h in hooks if brings(h, "product")), None)
-    for d in adapter.deltas.values() if product is not None else ():
+    for d in adapter.members() if product is not None else ():
         d.product = product
     return adapter
+
+
+def _convert(adapter: Adapter) -> None:
+    """Put the base into the recipe's storage; a start may look at W before, or write what shall be stored."""
+    for part in adapter.recipe.on("base"):
+        storage = part.method.cls(**part.fields)
+        for site in storage.places([s for s in find_sites(adapter.model, "linear") if not stored(s.module)]):
+            site.module.__dict__.setdefault("_veneer_digests", digests(site.module))
+            for h in (h for h in adapter.hooks if isinstance(h, Init)):
+                h.before_conversion(site, storage)
+            storage.convert(site)
 
 
 def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[str, nn.Module]) -> Delta:
@@ -132,14 +137,13 @@ def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[
     special = [p for p in (adapter.recipe.part("mixture"), adapter.recipe.part("side")) if p is not None]
     part = next((p for p in special if p.method.cls.takes(site)), form)
 
-    def make(p: Part = form, *purpose: Any, **fields: Any) -> Delta:
-        own = chance.derived_seed(adapter.seed, *purpose) if purpose else adapter.seed
-        pool = pools.get(p.method.name)
-        return p.method.cls(site, seed=own, adapter=adapter.name, pool=pool, **(p.fields | fields))
+    def make(p: Part, seed: int, at: Site, fields: dict[str, Any]) -> Delta:
+        return p.method.cls(at, seed=seed, adapter=adapter.name, pool=pools.get(p.method.name), **(p.fields | fields))
 
-    delta = make(part, **overrides)
+    delta = make(part, adapter.seed, site, overrides)
     if hasattr(delta, "compose"):
-        delta.compose(lambda index: make(form, "expert", index), adapter)
+        expert = lambda index, at=site: make(form, chance.derived_seed(adapter.seed, "expert", index), at, {})  # noqa: E731
+        delta.compose(expert, adapter)
     return delta
 
 
@@ -155,6 +159,6 @@ def _shared(adapter: Adapter) -> dict[str, nn.Module]:
     for pool in found.values():
         adapter.shared = pool
         if "veneer_shared" not in adapter.model._modules:
-            adapter.model.veneer_shared = nn.ModuleDict()
+            adapter.model.veneer_shared = Shared()
         adapter.model.veneer_shared[adapter.name] = pool
     return found

@@ -139,6 +139,10 @@ class Delta(Fields, nn.Module):
         pair = self.pair()
         return None if pair is None else LoRAForm(pair.A, pair.B, pair.scale)
 
+    def members(self) -> Iterable[Delta]:
+        """The deltas of the recipe's form that this one is: itself, or the experts it is made of."""
+        return (self,)
+
     def prepare(self, ctx: Context) -> None:
         """Called once per forward of the whole model, before its blocks."""
 
@@ -241,18 +245,17 @@ class Delta(Fields, nn.Module):
 
     def run(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
-        if not (base.fusable and self.is_plain()):
+        if self.site.kind != "linear" or not self.is_plain():
             return self.forward(x, base, *args, **kwargs)
         p = self.active_dropout()
         seed = self.draw_seed() if p else None
         A, B, scale = self.pair()
-        links = base.links
-        if links and links == (self.offset,) and not p and self.product is type(self).default_product:
+        if not base.fusable or base.links:
+            offset = base.fusable and base.links == (self.offset,)
+            if p or not offset or self.product is not type(self).default_product:
+                return base(x) + self.product(x, None, None, A, B, scale, dropout=p, seed=seed)
             A0, B0, s0 = self.offset.pair()
             A, B = torch.cat([A, A0]), torch.cat([B, B0 * (s0 / scale)], dim=1)
-            links = ()
-        if links:
-            return base(x) + self.product(x, None, None, A, B, scale, dropout=p, seed=seed)
         return self.product(x, base.source(), base.own_bias(), A, B, scale, dropout=p, seed=seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:

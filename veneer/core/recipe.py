@@ -71,9 +71,9 @@ def parse(text: str | Recipe, **offered: Any) -> Recipe:
 
 def _expand(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and keyword arguments of a sum, named sums written out."""
-    alias = registry.aliases().get(text.strip())
-    if alias:
-        return [(alias, {})]
+    alone = registry.systems().get(text.strip())
+    if alone is not None:
+        return _expand(alone)
     out: list[tuple[str, dict[str, Any]]] = []
     for term in _split(text):
         match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", term, re.S)

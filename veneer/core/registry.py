@@ -85,7 +85,7 @@ def method(
             raise ValueError(f"method {name!r} is registered twice: {known.cls.__module__} and {cls.__module__}")
         cls.name = name
         _methods[name] = Method(name, axis, cls, paper, system, tuple(gives), tuple(wants), defaults)
-        _aliases.update(dict.fromkeys(aliases, name))
+        _systems.update(dict.fromkeys(aliases, name))
         return cls
 
     return register

@@ -109,7 +109,8 @@ def _evidence(
     needs = frozenset(n for h in asking for n in h.needs)
     components = max(h.components_wanted(form) for h in asking)
     labels_only = any(getattr(h, "labels_only", False) for h in asking)
-    return gather(model, sites, batches, needs, components=components, labels_only=labels_only, seed=seed)
+    inner = [p for s in sites for p in (s.parts.values() if s.kind == "module" else [s])]
+    return gather(model, inner, batches, needs, components=components, labels_only=labels_only, seed=seed)
 
 
 def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
@@ -132,9 +133,10 @@ def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
 
 def _start(adapter: Adapter, evidence: Evidence | None) -> None:
     init = next((h for h in adapter.hooks if isinstance(h, Init)), None)
-    for delta in adapter.deltas.values() if init is not None else ():
+    for delta in adapter.members() if init is not None else ():
         slots = list(delta.slots())
-        start = init.start(delta.site, slots, evidence, chance.generator(init.seed, delta.site.path, init.name))
+        made = chance.generator(init.seed, delta.seed, delta.site.path, init.name)
+        start = init.start(delta.site, slots, evidence, made)
         extra = sorted(set(start) - {s.role for s in slots})
         if extra:
             has = ", ".join(s.role for s in slots) or "none"

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.core.context import KEY
+from veneer.errors import UserError
 from veneer.models import architecture
+
+FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 
 
 @dataclass
@@ -18,7 +24,8 @@ class Trace:
     """What a run of the blocks left: hidden states, the blocks' calls and outputs, the trunk's own output.
 
     ``states[0]`` is the input of the first block and ``states[i]`` the output of block i − 1, each (batch, tokens, d);
-    ``calls[i]`` are the arguments of block i after its hidden state, the masks and positions among them.
+    ``calls[i]`` are the arguments of block i after its hidden state, the masks and positions among them, with a
+    key-value cache of their own where one was asked for.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -36,15 +43,38 @@ def hidden(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def replaced(trunk: nn.Module, output: Any, h: Tensor) -> Any:
+    """The trunk's output with ``h`` as its hidden state, and pooled again where the trunk pools."""
+    if isinstance(output, Tensor):
+        return h
+    pooler = getattr(trunk, "pooler", None)
+    if not hasattr(output, "keys"):
+        pooled = 1 if pooler is None else 2
+        return (h, *(pooler(h) for _ in output[1:pooled]), *output[pooled:])
+    changed = {"last_hidden_state": h}
+    if pooler is not None and output.get("pooler_output") is not None:
+        changed["pooler_output"] = pooler(h)
+    return type(output)(**(dict(output) | changed))
+
+
 def states(
-    trunk: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], stop: int | None = None
+    trunk: nn.Module,
+    run: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    stop: int | None = None,
+    cache: str | None = None,
 ) -> Trace:
     """Run the blocks before ``stop`` (all, and the rest of the trunk, when None) without gradient.
 
-    ``run(*args, **kwargs)`` is the trunk's own forward. The states are detached and carry no graph.
+    ``run(*args, **kwargs)`` is the trunk's own forward. The states are detached and carry no graph. ``cache`` names a
+    second key-value cache (see ``beside``) that stands for the call's own in ``calls``, for what runs beside the trunk.
     """
     trace = Trace()
     blocks = [b for _, b in architecture.blocks(trunk)]
+
+    def own(value: Any) -> Any:
+        return beside(value, cache) if cache is not None and hasattr(value, "get_seq_length") else value
 
     def before(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
@@ -52,7 +82,8 @@ def states(
                 trace.states.append((given[0] if given else named["hidden_states"]).detach())
             if index == stop:
                 raise _Stopped
-            trace.calls.append((given[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
+            others = {k: own(v) for k, v in named.items() if k not in ("hidden_states", KEY)}
+            trace.calls.append((tuple(own(v) for v in given[1:]), others))
 
         return hook
 
@@ -113,3 +144,42 @@ def _hooked(blocks: list[nn.Module], before: Callable[[int], Any], after: Callab
     finally:
         for h in handles:
             h.remove()
+
+
+def beside(first: Any, name: str) -> Any:
+    """The cache called ``name`` that hangs on a key-value cache and is reordered, cut and repeated with it.
+
+    It is made, empty, while the first one is. Raises UserError when that has been filled without it.
+    """
+    if not isinstance(first, _Followed):
+        first.__class__ = _followed(type(first))
+        first.beside = {}
+    if name not in first.beside:
+        if int(first.get_seq_length()):
+            raise UserError(
+                f"the key-value cache was filled while {name!r} was off, which keeps states of its own there: "
+                "begin with a new cache"
+            )
+        other = first.beside[name] = deepcopy(first)
+        other.beside = {}
+    return first.beside[name]
+
+
+class _Followed:
+    """Mixed into a cache's class: what is done to its rows is done to those beside it."""
+
+    beside: dict[str, Any]
+
+
+@cache
+def _followed(cls: type) -> type:
+    def follow(method: str) -> Callable[..., None]:
+        def run(self: Any, *args: Any, **kwargs: Any) -> None:
+            getattr(cls, method)(self, *args, **kwargs)
+            for other in self.beside.values():
+                getattr(other, method)(*args, **kwargs)
+
+        return run
+
+    methods = {m: follow(m) for m in FOLLOWED if hasattr(cls, m)}
+    return type(cls.__name__, (_Followed, cls), methods | {"__module__": __name__})
