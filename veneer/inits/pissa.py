@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from veneer.parts.evidence import Evidence
 from veneer.core.hook import Init
 from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.svd import randomized_svd, truncated_svd
+from veneer.parts.evidence import Evidence
 
 
 @method("pissa", axis="init", paper="arXiv:2404.02948", system=99, wants=("pair",), defaults="lora")
