@@ -28,16 +28,15 @@ def command(
     ] = None,
 ) -> None:
     """Show what each row becomes, and which tokens train."""
-    from veneer.data import prepare, read_rows, render_rows, summary
-    from veneer.models.load import load_model
+    from veneer.cli.loading import model_and_examples
+    from veneer.data import read_rows, render_rows, summary
     from veneer.report import tables
     from veneer.report.screen import screen
 
     found = read_rows(data)  # before the model is loaded: what is wrong with the file is said at once
-    _, tokenizer = load_model(model)
-    dataset = prepare(found, tokenizer, task=task or "auto", template=template, max_length=max_length)
+    _, dataset = model_and_examples(model, found, task=task, template=template, max_length=max_length, head=False)
     console = screen()
-    for text in render_rows(dataset, tokenizer, rows):
+    for text in render_rows(dataset, dataset.processor, rows):
         console.print(text, soft_wrap=True)
     console.print()
     console.print(tables.data_table(summary(dataset)))

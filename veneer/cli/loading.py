@@ -13,22 +13,36 @@ FORMS = {"classification": "sequence-classification"}  # where the model's form 
 
 
 def model_and_examples(
-    name: str, rows: Rows, *, task: str | None = None, template: str | None = None, max_length: int | None = None
+    name: str,
+    rows: Rows,
+    *,
+    task: str | None = None,
+    template: str | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    head: bool = True,
 ) -> tuple[Any, Dataset]:
-    """The model, with a head for the classes that ``rows`` hold, and the rows as its examples."""
+    """The model and the rows as its examples.
+
+    With ``head`` a model for classes gets a head for those that ``rows`` hold, which starts from ``seed``.
+    """
+    import torch
+
     import veneer
     from veneer.data import prepare
     from veneer.data.tasks import detect
 
     task = task or detect(rows)
     form = FORMS.get(task, task)
+    torch.manual_seed(seed)
     model, processor = veneer.load_model(name, task=form)
     if processor is None:
         raise UserError(f"{name} holds no tokenizer; put the tokenizer's files beside the model's weights")
     dataset = prepare(rows, processor, task=task, template=template, max_length=max_length)
     names = dataset.label_names
-    if names is not None:  # only now is it known how many classes the head needs
+    if head and names is not None:  # only now is it known how many classes there are
         numbers = {label: number for number, label in enumerate(names)}
+        torch.manual_seed(seed)
         model, _ = veneer.load_model(
             name, task=form, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers
         )

@@ -30,6 +30,8 @@ def command(
             raise UserError(f"there is no axis {axis!r}; the axes are {', '.join(registry.AXES)}")
         found = registry.methods(axis)
         console.print(tables.methods_table(found))
+        for name, recipe in {} if axis else registry.systems().items():
+            console.print(f"{name} = {recipe}")
         console.print(
             f"[dim]{len(found)} methods; `veneer methods NAME` describes one; a recipe is a sum: lora+pissa[/dim]"
         )

@@ -71,7 +71,7 @@ def command(
     console = screen()
 
     base, train = model_and_examples(
-        model, rows, task=chosen.task, template=chosen.template, max_length=chosen.max_length
+        model, rows, task=chosen.task, template=chosen.template, max_length=chosen.max_length, seed=chosen.seed
     )
     train, held = _held_out(train, held_rows, chosen, console)
     adapter = veneer.attach(

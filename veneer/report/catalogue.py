@@ -53,11 +53,21 @@ def fields(method: Any) -> list[tuple[str, str, str]]:
     return rows
 
 
+def parameters(method: Any) -> str:
+    """The formula of the parameters per site: the first line that the method's own count is documented with."""
+    owner = next((c for c in method.cls.__mro__ if "parameter_count" in vars(c)), None)
+    if owner is None or owner.__module__.startswith("veneer.core."):  # the core's own says how to count, not what
+        return ""
+    return (owner.parameter_count.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
 def declared(method: Any) -> list[str]:
     """The sentences a method prints about itself: paper, what it gives and wants, each "no" with its reason."""
     lines = []
     if method.paper:
         lines.append(f"paper: {method.paper}")
+    if parameters(method):
+        lines.append(f"parameters per site: {parameters(method)}")
     if method.gives:
         lines.append("gives: " + ", ".join(method.gives))
     if method.wants:

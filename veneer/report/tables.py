@@ -55,15 +55,19 @@ def examples_table(examples: Sequence[Example], *, asked: str = "asked", width: 
 
 
 def methods_table(methods: Iterable[Any]) -> Table:
-    """The catalogue: name, axis, paper, what the method needs beside it, first sentence of its docstring."""
+    """The catalogue: name, axis, paper, parameters per site, what it needs beside it, what it does in one line."""
     from rich.table import Table
 
+    from veneer.report.catalogue import parameters
+
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("name", "axis", "paper", "wants"):
+    for name in ("name", "axis", "paper"):
         table.add_column(name, no_wrap=True)
-    table.add_column("what it does", overflow="fold")
+    for name, width in (("parameters per site", 26), ("wants", 12), ("what it does", None)):
+        table.add_column(name, max_width=width, overflow="fold")
     for method in methods:
-        table.add_row(method.name, method.axis, method.paper, ", ".join(method.wants), method.summary)
+        wants = ", ".join(method.wants)
+        table.add_row(method.name, method.axis, method.paper, parameters(method), wants, method.summary)
     return table
 
 
