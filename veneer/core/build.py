@@ -142,7 +142,10 @@ def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[
 
     delta = make(part, adapter.seed, site, overrides)
     if hasattr(delta, "compose"):
-        expert = lambda index, at=site: make(form, chance.derived_seed(adapter.seed, "expert", index), at, {})  # noqa: E731
+
+        def expert(index: int, at: Site = site) -> Delta:
+            return make(form, chance.derived_seed(adapter.seed, "expert", index), at, {})
+
         delta.compose(expert, adapter)
     return delta
 

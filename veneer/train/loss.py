@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from veneer.core.adapted import plain
 from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.models.fast import fast_forms
+from veneer.parts.plain import plain
 
 IGNORED = -100
 CHUNK = 256  # positions whose logits exist at one time
