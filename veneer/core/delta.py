@@ -325,11 +325,6 @@ class Written(Delta):
             start = self.base_tensor() if beneath is None else beneath.parameter()
             self.set_tensor("value", start.detach().float().clone(), trained=True)
 
-    @property
-    def home_dtype(self) -> torch.dtype:
-        """The type the layer computes in: the base tensor's."""
-        return self.base_tensor().dtype
-
     def parameter(self) -> nn.Parameter:
         """The trained value."""
         return self.value if self._first[0] is None else self._first[0].value

@@ -12,8 +12,6 @@ from veneer.core.registry import SINGLE, WORDS, Method
 from veneer.errors import UserError
 from veneer.fields import fields_of
 
-OFFERED = ("rank", "alpha", "dropout")  # given to attach, offered to every part that has the field
-
 
 @dataclass(frozen=True)
 class Part:
@@ -155,8 +153,7 @@ def _one_per_axis(parts: list[Part]) -> list[str]:
 def _offer_check(parts: list[Part], offered: dict[str, Any]) -> None:
     for key, value in offered.items():
         if value is not None and not any(key in fields_of(p.method.cls) for p in parts):
-            names = ", ".join(p.method.name for p in parts)
-            raise UserError(f"{key}={value} was given, but nothing in {names} has a field {key!r}")
+            raise UserError(f"{key}={value} was given, but nothing in {_sum(parts)} has a field {key!r}")
 
 
 def _with_offer(part: Part, offered: dict[str, Any]) -> Part:

@@ -153,7 +153,7 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for path, delta in adapter.every().items():
         if isinstance(delta, Written):
-            out[path] = delta.parameter().detach().to(delta.home_dtype)
+            out[path] = delta.parameter().detach().to(delta.base_tensor().dtype)
         elif delta.site.name is not None:
             p = delta.site.module._parameters.get(delta.site.name)
             change = delta.weight(p)

@@ -66,7 +66,8 @@ def attach(
     base = base_fingerprint(model)
     form = core.all_fields(parsed.part("delta")) if parsed.part("delta") else {}
     evidence = _evidence(model, chosen, hooks, batches, form, seed)
-    planner = next((h for axis in ("ranks", "init") for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
+    axis = "ranks" if parsed.part("ranks") else "init"  # beside a method that decides the ranks a start only starts
+    planner = next((h for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
     plan = planner.plan(chosen, evidence, form) if planner is not None else None
     select = sites if isinstance(sites, str) else [s.path for s in chosen] if callable(sites) else list(sites)
     adapter = core.build(
