@@ -32,7 +32,7 @@ def attach(
     rank: int | None = None,
     alpha: float | None = None,
     dropout: float | None = None,
-    sites: Select = "linear",
+    sites: Select | None = None,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     name: str = "default",
@@ -46,7 +46,8 @@ def attach(
         model: any torch module; transformers models are known by name, others by their layers.
         recipe: a sum of method names, ``"lora(rank=8)+eva+ba-lora"``.
         rank, alpha, dropout: offered to every part of the recipe that has such a field.
-        sites: what to adapt, see ``find_sites``.
+        sites: what to adapt, see ``find_sites``; by default every linear layer, or what a method of the recipe says is
+            usual for it.
         calibration: batches that the model accepts, for recipes that need evidence.
         seed: of everything the methods draw.
         name: of this adapter on this model.
@@ -59,6 +60,8 @@ def attach(
     """
     parsed = recipes.parse(recipe, rank=rank, alpha=alpha, dropout=dropout)
     core.check_name(model, name)
+    usual = (p.method.cls.usual_sites for p in parsed.parts if hasattr(p.method.cls, "usual_sites"))
+    sites = next(usual, "linear") if sites is None else sites
     chosen = core.places(model, parsed, find_sites(model, sites))
     hooks = core.make_hooks(parsed, seed)
     batches = _calibration(hooks, calibration)

@@ -72,6 +72,8 @@ def load_state(adapter: Adapter, values: State, strict: bool = True) -> None:
 def load_delta(delta: Delta, path: str, own: State, strict: bool = True) -> None:
     """Take over the saved tensors of one delta."""
     own = dict(own)
+    if hasattr(delta, "match"):  # a form whose tensors come and go makes those that the state holds
+        delta.match(own)
     if "scale" in own:
         delta.scale = float(own.pop("scale"))
     if "offset.A" in own and delta.offset is None:
