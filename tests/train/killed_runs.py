@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, KILLS = 60, 6
+STEPS, KILLS = 48, 5
 
 
 def train(out, resume=True):

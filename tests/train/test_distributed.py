@@ -12,6 +12,8 @@ import torch
 from small_runs import collated, encoded, llama
 from two_processes import SIZE, attached, by_fit
 
+import veneer
+
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "two_processes.py")
 
@@ -52,7 +54,7 @@ def test_data_parallel_under_accelerate_launch(one):
     ranks = []
     for rank in ("0", "1"):
         known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        command = [*launch, *fixed, "--num_cpu_threads_per_process", "1", PROGRAM, "data", "ddp"]
+        command = [*launch, *fixed, "--num_cpu_threads_per_process", "1", PROGRAM, "-", "data", "ddp"]
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(command, env=environment(**known), stdout=pipe, stderr=pipe, text=True))
     ends = [(*p.communicate(timeout=200), p.returncode) for p in ranks]
@@ -64,8 +66,6 @@ def test_data_parallel_under_accelerate_launch(one):
 
 
 def plain_losses():
-    import veneer
-
     adapter = attached(llama())
     adapter.model.train()
     optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.0), []
@@ -78,10 +78,10 @@ def plain_losses():
     return losses
 
 
-def test_fully_sharded_under_torchrun_attached_before_and_after(one):
+def test_fully_sharded_under_torchrun_attached_before_and_after(one, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     done = subprocess.run(
-        [*command, PROGRAM, "shard-first", "attach-first"],
+        [*command, PROGRAM, str(tmp_path / "run"), "attach-first", "broken", "shard-first"],
         capture_output=True,
         text=True,
         env=environment(),
@@ -89,5 +89,7 @@ def test_fully_sharded_under_torchrun_attached_before_and_after(one):
     )
     found = answer((done.stdout, done.stderr, done.returncode))
     assert found["world"] == 2
-    agree(found["shard-first"], one)
-    agree(found["attach-first"], one)
+    for kind in ("attach-first", "broken", "shard-first"):
+        agree(found[kind], one)
+    saved = veneer.load(llama(), tmp_path / "run" / "adapter")
+    assert torch.equal(saved.vector(), torch.tensor(found["broken"]["vector"]))

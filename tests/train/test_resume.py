@@ -228,6 +228,12 @@ def test_a_signal_writes_a_checkpoint_and_exits_with_a_sentence(tmp_path, number
     assert equal(run(tmp_path / "run", resume=True)[1], run(tmp_path / "whole")[1])
 
 
+def test_a_run_that_could_not_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(veneer.UserError, match="no labels"):
+        run(tmp_path / "run", data=[{"input_ids": [1, 2]}])
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run(tmp_path / "run", save_every=1, save_total=3)
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == [

@@ -138,8 +138,16 @@ def test_rows_of_every_shape_become_a_feed():
     task, settings = Task("causal"), Settings(batch_size=4)
     assert feed(encoded(9), task, settings, lambda: None).length == 3
     assert feed(collated(encoded(9), 4), task, settings, lambda: None).length == 3
+    datasets = pytest.importorskip("datasets")
+    assert feed(datasets.Dataset.from_list(encoded(9)), task, settings, lambda: None).length == 3
     loader = torch.utils.data.DataLoader(encoded(9), batch_size=4, collate_fn=list)
     assert feed(loader, Task("custom", lambda model, batch: None), settings, lambda: None).length == 3
+
+
+def test_a_torch_data_set_needs_a_loader():
+    data = torch.utils.data.TensorDataset(torch.randn(4, 2))
+    with pytest.raises(veneer.UserError, match="give its DataLoader"):
+        feed(data, Task("custom", lambda model, batch: None), Settings(), lambda: None)
 
 
 def test_two_processes_share_the_rows_of_each_batch():

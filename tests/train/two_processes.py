@@ -1,10 +1,13 @@
 """A run on the processes it was launched on; the first prints the losses and the trained vector as JSON.
 
 ``data``: ``fit``. ``ddp``: the user's own loop around DistributedDataParallel. ``shard-first`` and ``attach-first``:
-``fit`` on a model under torch's fully_shard, sharded before or after the adapter is attached.
+``fit`` on a model under torch's fully_shard, sharded before or after the adapter is attached. ``broken``: sharded, with
+a folder (the second argument's), stopped by a signal to the first process after two steps, and resumed.
 """
 
 import json
+import os
+import signal
 import sys
 
 import torch
@@ -19,11 +22,11 @@ def attached(model):
     return veneer.attach(model, "lora", rank=4)
 
 
-def by_fit(adapter, **changes):
+def by_fit(adapter, out=None, **changes):
     from veneer.train.loop import fit
 
     given = {"batch_size": SIZE, "accumulate": 2, "lr": 1e-2, "clip": 0.1, "precision": "fp32", "display": False}
-    run = fit(adapter, encoded(29), eval_data=encoded(5, 2), steps=STEPS, **given | changes)
+    run = fit(adapter, encoded(29), out, eval_data=encoded(5, 2), steps=STEPS, **given | changes)
     return {"losses": run.losses, "held_out": run.held_out}
 
 
@@ -57,28 +60,55 @@ def sharded(model):
     return fully_shard(model)
 
 
-def outcome(kind):
+def stopped(out):
+    """Two steps of a run, and what it said when it stopped."""
+    from veneer.train.display import Silent
+    from veneer.train.interrupt import Interrupted
+
+    class Stop(Silent):
+        def step(self, values):
+            if values["step"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    adapter = attached(llama())
+    sharded(adapter.model)
+    try:
+        by_fit(adapter, out, display=Stop())
+    except Interrupted as stop:
+        return stop.code
+    return None
+
+
+def outcome(kind, out):
     model = llama()
     if kind == "shard-first":
         model = sharded(model)
     adapter = attached(model)
-    if kind == "attach-first":
+    if kind in ("attach-first", "broken"):
         sharded(model)
+    if kind == "broken":
+        assert stopped(out) == 128 + signal.SIGTERM
+        found = by_fit(adapter, out, resume=True)
+        return found | {"vector": vector(adapter)}
     found = by_ddp(adapter) if kind == "ddp" else by_fit(adapter)
+    return found | {"vector": vector(adapter)}
+
+
+def vector(adapter):
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in adapter.parameters()]
-    return found | {"vector": torch.cat([p.detach().reshape(-1) for p in full]).tolist()}
+    return torch.cat([p.detach().reshape(-1) for p in full]).tolist()
 
 
-def main(kinds):
+def main(out, kinds):
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
     torch.set_num_threads(1)
-    found = {kind: outcome(kind) for kind in kinds} | {"world": state.num_processes}
+    found = {kind: outcome(kind, out) for kind in kinds} | {"world": state.num_processes}
     if state.is_main_process:
         print(json.dumps(found), flush=True)
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

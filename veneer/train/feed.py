@@ -125,16 +125,25 @@ def feed(
     from veneer.data import Dataset, prepare
 
     if not isinstance(data, Dataset):
-        first = data[0] if isinstance(data, Sequence) and not isinstance(data, str) and len(data) else None
+        first = _first(data)
+        if isinstance(data, torch.utils.data.Dataset) and not (isinstance(first, Mapping) and "input_ids" in first):
+            raise UserError("the data is a torch Dataset, which does not say how rows are batched: give its DataLoader")
         if task.custom is not None or _is_batch(first) or (first is None and not _is_source(data)):
             return BatchFeed(data, task, world=world, rank=rank)
         if isinstance(first, Mapping) and "input_ids" in first:
-            data = _encoded(data, task.name)
+            data = _encoded([data[i] for i in range(len(data))], task.name)
         else:
             size, template = settings.max_length, settings.template
             data = prepare(data, processor(), task.name, size, template, label_names=label_names)
     size = settings.batch_size if shuffle else settings.eval_batch_size or 2 * settings.batch_size
     return RowFeed(data, task, size, seed=settings.seed, shuffle=shuffle, world=world, rank=rank)
+
+
+def _first(data: Any) -> Any:
+    """The first item of a list, a datasets object or a torch Dataset; None of anything else."""
+    indexed = isinstance(data, Sequence | torch.utils.data.Dataset) or hasattr(data, "features")
+    known = indexed and isinstance(data, Sized) and not isinstance(data, str)
+    return data[0] if known and len(data) else None
 
 
 def _is_batch(first: Any) -> bool:

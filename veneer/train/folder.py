@@ -27,6 +27,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], resume: bool) -> None:
         self.path = Path(path)
         self._log: IO[str] | None = None
+        self._made = not self.path.exists()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"out={self.path} is a file; give the name of a folder")
         try:
@@ -64,10 +65,13 @@ class RunFolder:
         return file
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder; one that was made for this run and got nothing is taken away again."""
         if self._log is not None:
             self._log.close()
             self._log = None
+        if self._made and self.path.is_dir() and [p.name for p in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
         self._lock.close()
 
     def holds_run(self) -> bool:

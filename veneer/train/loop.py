@@ -212,7 +212,8 @@ class _Job:
 
     def _usual_rate(self) -> float:
         """The rate of the recipe's methods, or of the form and the task."""
-        known = [h.usual_rate for h in self.adapter.hooks if h.usual_rate is not None]
+        methods = (*self.adapter.hooks, *list(self.adapter.deltas.values())[:1])
+        known = [m.usual_rate for m in methods if getattr(m, "usual_rate", None) is not None]
         if known:
             return known[0]
         if any(isinstance(d, Written) for d in self.adapter.deltas.values()):
@@ -263,12 +264,12 @@ class _Job:
 
     def _begin(self, stack: ExitStack, saved: dict[str, Any] | None, words: str) -> None:
         training, adapter = self.training, self.adapter
-        self.log_board()
         if saved is None:
             training.begin_phase(self.lr)
         else:
             training.load(saved["training"], self.lr)
             self.best = saved["best"]
+        self._open_board()
         if self.folder is not None:
             self.folder.rewind(training.at.step if saved is not None else -1)
             self.folder.write_record({"finished": False, "recipe": str(adapter.recipe), "identity": self.identity})
@@ -410,7 +411,7 @@ class _Job:
                 if name not in ("step", "seconds"):
                     self.board.add_scalar(name, value, line["step"])
 
-    def log_board(self) -> None:
+    def _open_board(self) -> None:
         """Open TensorBoard's log when it was asked for."""
         if self.settings.log != "tensorboard" or self.folder is None:
             return
