@@ -49,6 +49,18 @@ def test_closing_twice_is_harmless():
     panel.close()
 
 
+def test_a_run_that_fails_gives_the_cursor_back():
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    with pytest.raises(ZeroDivisionError), progress.showing(Screen()) as panel:
+        panel.console = terminal()
+        panel.start(3, {})
+        raise ZeroDivisionError
+    assert panel.console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")
+
+
 def test_a_pipe_gets_lines_and_quiet_gets_nothing(capsys):
     from veneer.train.display import Lines, Silent
 

@@ -85,16 +85,17 @@ def command(
         seed=chosen.seed,
     )
     console.print(tables.sites_table(adapter))
-    veneer.fit(
-        adapter,
-        train,
-        out=folder,
-        eval_data=held,
-        resume=resume,
-        tokenizer=train.processor,
-        display=progress.display(),
-        **settings,
-    )
+    with progress.showing() as display:
+        veneer.fit(
+            adapter,
+            train,
+            out=folder,
+            eval_data=held,
+            resume=resume,
+            tokenizer=train.processor,
+            display=display,
+            **settings,
+        )
     for name, path in (
         ("adapter", folder / "adapter"),
         ("curves", folder / "curves.png"),

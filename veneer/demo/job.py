@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
 
 # An answer of 48 tokens is about three times the longest word's phonemes, where a word's edits are capped.
-FULL = Size(held_out=200, fewest=800, most=6000, longest=48, rank=16, batch_size=16, lr=3e-3)
+FULL = Size(held_out=200, fewest=800, most=6000, longest=48, rank=16, batch_size=16, lr=2e-3)
 QUICK = Size(held_out=40, fewest=240, most=240, longest=20, rank=16, batch_size=10, lr=3e-3)
 
 
@@ -155,23 +155,24 @@ class _Demo:
 
     def _train(self, words: Sequence[Word], folder: Path) -> None:
         import veneer
-        from veneer.report.progress import display
+        from veneer.report.progress import showing
 
         steps = len(words) // self.size.batch_size
-        veneer.fit(
-            self.adapter,
-            [w.row() for w in words],
-            out=folder,
-            eval_data=[w.row() for w in self.held],
-            eval_every=max(steps // 4, 30),
-            save_every=steps,
-            batch_size=self.size.batch_size,
-            lr=self.size.lr,
-            warmup=0.05,
-            seed=self.seed,
-            tokenizer=self.tokenizer,
-            display=display(),
-        )
+        with showing() as display:
+            veneer.fit(
+                self.adapter,
+                [w.row() for w in words],
+                out=folder,
+                eval_data=[w.row() for w in self.held],
+                eval_every=max(-(-steps // 6), 30),
+                save_every=steps,
+                batch_size=self.size.batch_size,
+                lr=self.size.lr,
+                warmup=0.1,
+                seed=self.seed,
+                tokenizer=self.tokenizer,
+                display=display,
+            )
 
     def _report(self, folder: Path, words: int, before: Answers, after: Answers) -> dict[str, Any]:
         """Print the examples, what was trained and where things are; complete the record of the run."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,6 +29,17 @@ def display(stream: TextIO | None = None, *, quiet: bool = False) -> Display:
         return Silent()
     stream = stream or sys.stdout
     return Panel() if stream.isatty() else Lines(stream)
+
+
+@contextmanager
+def showing(stream: TextIO | None = None) -> Iterator[Display]:
+    """``display`` for the length of a run: however it ends, the panel is closed and the cursor is back."""
+    shown = display(stream)
+    try:
+        yield shown
+    finally:
+        if isinstance(shown, Panel):
+            shown.close()
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
