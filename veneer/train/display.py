@@ -62,15 +62,16 @@ class Lines:
         self._print(f"training for {total} steps")
 
     def step(self, values: dict[str, Any]) -> None:
-        """The step's line, unless one was printed a moment ago; the last step always has one."""
+        """The step's line, unless one was printed a moment ago; the last step and an evaluation always have one."""
         now = time.monotonic()
-        if now - self._last < self.seconds and values["step"] != values.get("total"):
+        held = values.get("eval_loss")
+        if now - self._last < self.seconds and values["step"] != values.get("total") and held is None:
             return
         self._last = now
         self._print(
             f"step {values['step']}/{values.get('total', '?')}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"{values['tokens_per_second']:.0f} tokens/s  peak {values['peak_memory'] / 2**30:.2f} GiB  "
-            f"{_clock(values['eta'])} left"
+            f"{_clock(values['eta'])} left" + ("" if held is None else f"  held-out loss {held:.4f}")
         )
 
     def event(self, text: str) -> None:

@@ -483,4 +483,7 @@ class _Job:
         from veneer.report import plots
 
         assert self.folder is not None
-        plots.curves(self.folder.path)
+        try:
+            plots.curves(self.folder.path)
+        except OSError as error:
+            raise UserError(f"cannot draw {self.folder.path}/curves.png: {error}; the adapter is saved") from error
