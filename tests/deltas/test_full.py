@@ -89,3 +89,15 @@ def test_a_part_of_a_fused_projection_is_refused():
         veneer.attach(model, "full", sites="q")
     adapter = veneer.attach(model, "full", sites="c_attn")
     assert adapter.parameter_count() == 96 * 32 + 96
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_with_norms_and_all_layers_every_parameter_trains(kind):
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tied_llama() if kind == "llama" else tf.ViTModel(tf.ViTConfig(image_size=8, patch_size=4, **small))
+    names = {n for n, _ in model.named_parameters()}
+    adapter = veneer.attach(model, "full(norms=True)", sites="all")
+    assert {n.removesuffix(".value") for n, _ in adapter.named_parameters()} == names
+    norms = {n for n in names if "norm" in n}
+    few = veneer.attach(model, "full(norms=True)", sites="q_proj" if kind == "llama" else "q", name="few")
+    assert norms and norms <= {n.removesuffix(".value") for n, _ in few.named_parameters()} < names

@@ -9,8 +9,6 @@ from torch import nn
 import veneer
 from veneer.optim.lisa import drawn
 
-ALL = {"sites": "all", "train": ["norm", "layernorm"]}
-
 
 def snapshot(adapter):
     """Copies of all tensors, by name."""
@@ -33,7 +31,7 @@ def active(run):
 
 
 def test_drawn_blocks_and_the_outside_move_and_the_others_stay_bit_for_bit():
-    run = training("lisa(blocks=1, period=2)", blocks=3, sites="all")
+    run = training("lisa(blocks=1, period=2)", blocks=3)
     start = snapshot(run.adapter)
     run.take_step()
     run.take_step()
@@ -45,14 +43,14 @@ def test_drawn_blocks_and_the_outside_move_and_the_others_stay_bit_for_bit():
 
 
 def test_all_blocks_and_one_draw_are_full_training():
-    runs = [training("lisa(blocks=2, period=8)", blocks=2, sites="all"), training("full", blocks=2, sites="all")]
+    runs = [training("lisa(blocks=2, period=8)", blocks=2), training("full(norms=True)", blocks=2, sites="all")]
     losses = [[run.take_step() for _ in range(5)] for run in runs]
     assert losses[0] == losses[1]
     assert torch.equal(runs[0].adapter.vector(), runs[1].adapter.vector())
 
 
 def test_all_blocks_and_more_draws_are_full_training_with_its_state_reset():
-    run, plain = training("lisa(blocks=2, period=2)", blocks=2), training("full", blocks=2)
+    run, plain = training("full+lisa(blocks=2, period=2)", blocks=2, sites="linear"), training("full", blocks=2)
     for step in range(4):
         run.take_step()
         if step % 2 == 0:
@@ -81,7 +79,7 @@ def test_weights_steer_the_draw():
 
 
 def test_after_every_draw_state_and_gradients_belong_to_what_trains():
-    run = training("lisa(blocks=1, period=1)", blocks=3, sites="all")
+    run = training("lisa(blocks=1, period=1)", blocks=3)
     every = {n: p for d in run.adapter.deltas.values() for n, p in d.named_parameters(prefix=d.site.path)}
     for _ in range(4):
         run.take_step()
@@ -90,11 +88,11 @@ def test_after_every_draw_state_and_gradients_belong_to_what_trains():
         grouped = [id(p) for g in run.adapter.optimizer.param_groups for p in g["params"]]
         assert len(grouped) == len(set(grouped)) and set(grouped) == own
         assert all(p.grad is None for p in every.values() if not p.requires_grad)
-        assert sum(block_of(n) is not None for n, p in every.items() if p.requires_grad) == 7
+        assert sum(block_of(n) is not None for n, p in every.items() if p.requires_grad) == 9
 
 
 def test_entering_blocks_start_from_zero_moments():
-    run = training("lisa(blocks=1, period=1)", blocks=2)
+    run = training("full+lisa(blocks=1, period=1)", blocks=2, sites="linear")
     for _ in range(5):
         run.take_step()
         steps = {float(s["step"]) for s in run.adapter.optimizer.state.values()}
@@ -102,11 +100,11 @@ def test_entering_blocks_start_from_zero_moments():
 
 
 def test_no_blocks_leave_the_outside_and_no_outside_the_blocks():
-    run = training("lisa(blocks=0)", blocks=2, sites="all")
+    run = training("lisa(blocks=0)", blocks=2)
     start = snapshot(run.adapter)
     run.take_step()
     assert moved(start, run.adapter) == {None}
-    run = training("lisa(blocks=1, outside=False)", blocks=2, sites="all")
+    run = training("lisa(blocks=1, outside=False)", blocks=2)
     start = snapshot(run.adapter)
     run.take_step()
     assert moved(start, run.adapter) == active(run) and len(active(run)) == 1
@@ -122,7 +120,7 @@ def test_one_draw_lasts_when_the_period_is_longer_than_the_run():
 
 
 def test_gradients_of_drawn_blocks_are_those_of_full_training():
-    run, plain = training("lisa(blocks=1)", blocks=2), training("full", blocks=2)
+    run, plain = training("full+lisa(blocks=1)", blocks=2, sites="linear"), training("full", blocks=2)
     run.adapter.hooks[0].before_step(0)
     for r in (run, plain):
         r.task.loss(r.adapter.model, r.feed.data[0]).backward()
@@ -131,16 +129,23 @@ def test_gradients_of_drawn_blocks_are_those_of_full_training():
     assert len(found) == 7 and all(torch.equal(p.grad, wanted[n].grad) for n, p in found.items())
 
 
+def test_by_itself_it_trains_the_whole_model():
+    adapter = veneer.attach(llama(), "lisa")
+    assert adapter.parameter_count() == sum(p.numel() for n, p in llama().named_parameters())
+    cheaper = veneer.attach(llama(), "lisa", sites="linear")
+    assert not any("embed" in n or "lm_head" in n for n, _ in cheaper.named_parameters())
+
+
 def test_a_tied_head_is_in_the_optimiser_once():
     model = llama(tie_word_embeddings=True)
-    adapter = veneer.attach(model, "lisa", sites="all")
+    adapter = veneer.attach(model, "lisa")
     grouped = [n for g in adapter.optimizer_groups() for n in g["names"]]
     assert sum("embed" in n or "lm_head" in n for n in grouped) == 1
 
 
 def test_without_blocks_layers_are_drawn():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2))
-    adapter = veneer.attach(model, "lisa(blocks=1, period=1)", sites="all")
+    adapter = veneer.attach(model, "lisa(blocks=1, period=1)")
     adapter.optimizer = torch.optim.AdamW(adapter.optimizer_groups(), lr=1e-2)
     adapter.hooks[0].before_step(0)
     assert len({n.split(".")[0] for n, _ in adapter.named_parameters()}) == 1
@@ -153,7 +158,7 @@ def test_rates_rise_within_a_period():
 
 @pytest.mark.parametrize("before", [2, 3])
 def test_a_broken_run_goes_on_bit_for_bit(before):
-    make = lambda: training("lisa(blocks=1, period=2)", blocks=3, accumulate=2, sites="all")  # noqa: E731
+    make = lambda: training("lisa(blocks=1, period=2)", blocks=3, accumulate=2)  # noqa: E731
     assert goes_on_bit_for_bit(make, before=before)
 
 
@@ -162,7 +167,7 @@ def test_it_draws_the_matrices_of_galore_too():
 
 
 def test_fit_learns_with_it_and_gives_every_tensor_back():
-    adapter = veneer.attach(llama(), "lisa(blocks=1, period=3)", sites="all")
+    adapter = veneer.attach(llama(), "lisa(blocks=1, period=3)")
     before, names = snapshot(adapter), [n for n, _ in adapter.named_parameters()]
     run = veneer.fit(adapter, encoded(48), steps=12, lr=5e-3, display=False)
     assert sum(run.losses[-3:]) / 3 < sum(run.losses[:3]) / 3 - 0.1

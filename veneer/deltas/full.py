@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from veneer.core.delta import Written
 from veneer.core.registry import method
-from veneer.core.site import Site, parameter_site, require_whole, stored
+from veneer.core.site import Site, all_sites, parameter_site, require_whole, stored
 from veneer.errors import UserError
+from veneer.fields import At
 from veneer.models import architecture
 
 
@@ -32,8 +33,10 @@ class Full(Written):
     The trained values are in fp32 and the layer computes in its own precision; the base's own stay, so disabling and
     detaching are exact. A tensor that several layers share (tied embeddings) trains once, counts once,
     and changes for all of them, whichever was selected. A projection that fuses several roles trains whole, so a
-    selection of some of its roles is refused.
+    selection of some of its roles is refused. With ``norms`` and sites="all" every parameter of the model trains.
     """
+
+    norms: Annotated[bool, At(doc="train what belongs to no layer too: norms, free parameters")] = False
 
     layers = ("linear", "conv", "embedding")
 
@@ -49,4 +52,8 @@ class Full(Written):
             for name, _ in site.module.named_parameters(recurse=False):
                 path = f"{site.module_path}.{name}"
                 names |= dict.fromkeys(owners.get(path, [path]))
+        if fields["norms"]:
+            layers = {f"{s.module_path}." for s in all_sites(model)}
+            free = (n for n, _ in model.named_parameters() if ".veneer." not in f".{n}" and "veneer_shared" not in n)
+            names |= dict.fromkeys(n for n in free if f"{n.rpartition('.')[0]}." not in layers)
         return [parameter_site(model, name) for name in names]

@@ -28,7 +28,7 @@ def drawn(count: int, blocks: int, seed: int, period: int, probs: tuple[float, .
     return sorted(torch.multinomial(weights, most, generator=g).tolist()) if most else []
 
 
-@method("lisa", axis="optim", paper="arXiv:2403.17919", system=79, defaults="full")
+@method("lisa", axis="optim", paper="arXiv:2403.17919", system=79, defaults="full(norms=True)")
 class LISA(Optim):
     """Train γ random blocks at a time, draw others every K steps, and keep state for those alone (Pan et al. 2024).
 
@@ -46,9 +46,9 @@ class LISA(Optim):
     Defaults: γ = 2 (LMFlow's argument; its scripts 1, axolotl 4); K a fiftieth of the run (scripts 20; the paper takes
     the best number of draws for the problem). In short runs it wants LoRA's rate (5e-4) and not full fine-tuning's.
 
-    Which tensors there are is the form's and the selection's: the paper's set is ``sites="all"`` and the norms by
-    ``train``; the usual ``sites="linear"`` leaves embedding and head alone, which is the cheaper variant. Drawing
-    blocks of another form, as in "lora+lisa", is legal and saves little. Without blocks each layer counts as one.
+    Which tensors there are is the form's and the selection's. By themselves they are the paper's, all of the model;
+    sites="linear" leaves embedding and head alone, which is cheaper and costs a little loss. Drawing blocks of another
+    form, as in "lora+lisa", is legal and saves little. In a model without blocks each layer counts as one.
 
     Differences: the published callback keeps every state it ever made, so that memory grows to full fine-tuning's;
     here a block that leaves frees its own, and one that is drawn twice running starts anew as well. ``probs`` weighs
@@ -61,6 +61,8 @@ class LISA(Optim):
     outside: Annotated[bool, At(doc="whether what lies outside the blocks trains")] = True
     probs: Annotated[tuple[float, ...] | None, At(doc="a weight for each block; uniform when None")] = None
     warmup: Annotated[int, At(ge=0, doc="steps of warm-up after each draw")] = 0
+
+    usual_sites = "all"
 
     def on_attach(self, adapter: Adapter) -> None:
         names = [path for path, _ in architecture.blocks(adapter.model)]
