@@ -151,7 +151,10 @@ def save(folder: RunFolder, step: int, parts: dict[str, Any], adapter: Any, keep
     if path.exists():  # a damaged one that was passed over, or the same step before an interruption
         folder.remove(path)
     with files.staged(path) as part:
-        adapter.save(part / "adapter")
+        try:
+            adapter.save(part / "adapter")
+        except UserError as error:
+            raise UserError(str(error).replace(str(part), str(path))) from error
         for name, tree in parts.items():
             write_state(part, name, tree)
         write_manifest(part, step=step)
