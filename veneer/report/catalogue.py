@@ -83,7 +83,8 @@ def _entry(method: Any) -> list[str]:
     rows = fields(method)
     if rows:
         lines += ["| field | default | meaning |", "| --- | --- | --- |"]
-        lines += [f"| `{name}` | `{default}` | {words} |" for name, default, words in rows] + [""]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        lines += [f"| `{name}` | `{default}` | {words} |" for name, default, words in cells] + [""]
     text = inspect.cleandoc(method.cls.__doc__ or "")
     return [*lines, "```text", text, "```", ""] if text else lines
 
