@@ -39,6 +39,7 @@ class BitFit(Delta):
         Literal["create", "error", "skip"], At(doc="what to do at a layer without a bias: add a zero one, refuse, skip")
     ] = "create"
 
+    usual_rate = 2e-3
     layers = ("linear", "conv")
     reasons = {"as_lora": "the change does not depend on the input"}
 

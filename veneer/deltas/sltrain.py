@@ -34,8 +34,8 @@ class SLTrain(Delta):
     indices  as v, int        no         I, sorted
     =======  ===============  =========  ==========================================================
 
-    Defaults are those of the official wrapper: r = 128, δ = 0.01 (0.03 in its runs), α = 32, s = α/r. The paper trains
-    embeddings, norms and head densely beside it: name them with ``train=``.
+    Defaults are those of the official wrapper: r = 128, δ = 0.01 (0.03 in its runs), α = 32, s = α/r; its rate for
+    pre-training is 3e-3. Embeddings, norms and head train densely beside it: name them with ``train=``.
 
     A linear layer has an autograd function that keeps x, A, B, v and I and makes M again in the backward pass, as the
     official code does in a compiled extension. Over a frozen W it is a product of its own: added to a bf16 W, small
@@ -61,6 +61,7 @@ class SLTrain(Delta):
     def build(self) -> None:
         self.scale = self.alpha / self.rank
         self.replaces, self.starts_at_base = self.replace, not self.replace
+        self.usual_rate = 3e-3 if self.replace else None
         entries = self.site.out_features * self.site.in_features
         chosen = torch.randperm(entries, generator=self.generator("support"))[: self._count()].sort().values
         chosen = chosen.to(torch.int32 if entries < 2**31 else torch.int64)
