@@ -207,6 +207,7 @@ class _Demo:
         write_whole(folder / RECORD, lambda scratch: write_json(scratch, record))
         for name, path in (("adapter", folder / "adapter"), ("curves", picture), ("record", folder / RECORD)):
             self._say(f"{name}: {path}")
+        self._say(f'try it: echo "v e n e e r ->" | veneer chat --plain --model {MODEL} --adapter {folder}/adapter')
         self._say(
             f"phoneme error rate {first.error_rate:.2f} → [bold]{last.error_rate:.2f}[/bold], exactly right "
             f"{first.exact:.0%} → [bold]{last.exact:.0%}[/bold], in {record['seconds']:.0f} seconds"
