@@ -59,7 +59,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(saved):
 
 
 def test_a_classifier_gets_a_new_head_on_the_saved_trunk(saved):
-    model, _ = load_model(saved[1], dtype="fp32", task="sequence-classification", num_labels=3)
+    model, _ = load_model(saved[1], dtype="fp32", task="classification", num_labels=3)
     assert model.score.weight.shape == (3, 32)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, saved[0].model.layers[1].mlp.up_proj.weight)
     model, _ = load_model(saved[1], dtype="fp32", task="regression")
@@ -131,7 +131,7 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(folder, saved):
     state = {name: x for name, x in saved[0].state_dict().items() if name != "model.layers.1.mlp.up_proj.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert "lack 1 tensors" in refused(folder)
-    assert "model.layers.1.mlp.up_proj.weight" in refused(folder, task="sequence-classification")
+    assert "model.layers.1.mlp.up_proj.weight" in refused(folder, task="classification")
 
 
 def test_tensors_of_another_shape_are_refused(folder):
@@ -145,7 +145,7 @@ def test_a_head_is_resized_only_when_asked(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).save_pretrained(tmp_path)
-    task = {"task": "sequence-classification"}
+    task = {"task": "classification"}
     assert load_model(tmp_path, **task)[0].classifier.weight.shape == (3, 32)
     assert load_model(tmp_path, **task, num_labels=5)[0].classifier.weight.shape == (5, 32)
     config = json.loads((tmp_path / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b"}, "label2id": {}}

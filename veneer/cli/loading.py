@@ -9,8 +9,6 @@ from veneer.errors import UserError
 if TYPE_CHECKING:
     from veneer.data import Dataset, Rows
 
-FORMS = {"classification": "sequence-classification"}  # where the model's form and the task differ in name
-
 
 def model_and_examples(
     name: str,
@@ -33,9 +31,8 @@ def model_and_examples(
     from veneer.data.tasks import detect
 
     task = task or detect(rows)
-    form = FORMS.get(task, task)
     torch.manual_seed(seed)
-    model, processor = veneer.load_model(name, task=form)
+    model, processor = veneer.load_model(name, task=task)
     if processor is None:
         raise UserError(f"{name} holds no tokenizer; put the tokenizer's files beside the model's weights")
     dataset = prepare(rows, processor, task=task, template=template, max_length=max_length)
@@ -44,6 +41,6 @@ def model_and_examples(
         numbers = {label: number for number, label in enumerate(names)}
         torch.manual_seed(seed)
         model, _ = veneer.load_model(
-            name, task=form, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers
+            name, task=task, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers
         )
     return model, dataset

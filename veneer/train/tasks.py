@@ -85,9 +85,9 @@ class Task:
             handle.remove()
         outputs = seen[0] if seen else None
         if self.custom is None:
-            from veneer.train.loss import _plain_head
+            from veneer.train.loss import plain_head
 
-            head = _plain_head(model)
+            head = plain_head(model)
             outputs = outputs if head is None else LateLogits(outputs, head)
         return loss, outputs
 
