@@ -66,11 +66,13 @@ class GaLore(Optim):
     RoBERTa on GLUE: r = 4, α = 4, T = 500, rate 3e-5.
 
     A refresh keeps the moments as they are, in the old basis (official); ``on_refresh="reset"`` starts them anew,
-    ``"rotate"`` carries m over by VᵀV′ and v by its squares. ``svd="randomized"`` costs two orders less on wide
-    layers. ``bits=8`` keeps m as int8 and √v as uint8 by blocks of 256, from 4096 entries on, rounded at random so that
-    small changes count on average. A convolution's kernel is taken as out × in·k·k. The official side rule looks at the
-    shape of R, which fails for r ≥ min(out, in); here the side is remembered. Its Tucker projector for kernels does not
-    run and is left out, and so is Adafactor.
+    ``"rotate"`` carries m over by VᵀV′ and v by its squares. ``svd="randomized"`` takes a tenth of the time at r = 128
+    of 2048 × 2048, and less at smaller ranks. ``bits=8`` keeps m as int8 and √v as uint8 by blocks of 256, from 4096
+    entries on, rounded at random so that small changes count on average.
+
+    A convolution's kernel is taken as out × in·k·k. The official side rule looks at the shape of R, which fails for
+    r ≥ min(out, in); here the side is remembered. Its Tucker projector for kernels does not run and is left out, and so
+    is Adafactor.
 
     ``per_layer`` steps each tensor inside backward and frees its gradient, so that one gradient lives at a time: what
     needs them all at once is refused (accumulation, clipping by the global norm, several processes).
