@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.core.adapted import Base
-from veneer.core.delta import Delta, LoRAForm, Slot
+from veneer.core.delta import Delta, Pair, Slot
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
@@ -35,9 +34,9 @@ class PaCA(Delta):
     columns themselves, W′[:, I] = s·P, and decay pulls them to 0.
 
     The official code writes the columns into W before a forward, on a count of forwards that presumes gradient
-    checkpointing; otherwise every second step runs on stale columns, and evaluation lags a step. Here W is not written:
-    the two-term form has the same value and gradient and keeps the same N × r slice of x, and adapters share a base. It
-    has no dropout, as the official one.
+    checkpointing; otherwise every second step runs on stale columns, and evaluation lags a step. Here W is not written
+    and adapters share a base: the fused product runs the pair (E_I, P), whose value and gradients are the same, and
+    keeps x[…, I] alone, N × r, for the backward pass. It has no dropout, as the official one.
     """
 
     rank: Annotated[int, At(ge=1, doc="number of columns r")] = 8
@@ -61,34 +60,17 @@ class PaCA(Delta):
         self.scale = (self.rank if self.alpha is None else self.alpha) / self.rank
         self.register_buffer("indices", self._chosen().to(self.site_device()))
         if self.store == "columns":
-            self.set_tensor("P", self.beneath().weight()[:, self.indices] / self.scale, trained=True)
+            home = self.beneath().weight()[:, self.indices] / self.scale
+            self.register_buffer("home", home, persistent=False)
+            self.set_tensor("P", home.clone(), trained=True)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        (B,) = self.cast(x, self._change(base.weight if base.links else self.site.weight))
-        if self.site.kind == "linear":
-            return base(x) + F.linear(x.index_select(-1, self.indices), B)
-        if not self.site.factored():
-            return base(x) + self.site.run(x, B @ self._selector().to(B.dtype))
-        return base(x) + self.site.lift(self.site.project(x, self._selector().to(B.dtype)), B)
-
-    def weight(self, W: Tensor | None = None) -> Tensor:
-        return self._change(self.site.weight if W is None else lambda: W) @ self._selector()
-
-    def as_lora(self, W: Tensor, b: Tensor | None) -> LoRAForm:
-        return LoRAForm(self._selector(), self._change(lambda: W), 1.0)
+    def pair(self) -> Pair:
+        E = F.one_hot(self.indices, self.site.in_features).to(self.P.dtype)
+        return Pair(E, self.P if self.store == "delta" else self.P - self.home, self.scale)
 
     def parameter_count(self) -> int:
         """r·out."""
         return self.rank * self.site.out_features
-
-    def _change(self, W: Callable[[], Tensor]) -> Tensor:
-        """The change (out, r) of the selected columns in fp32; W (out, in) is fetched where P holds the columns."""
-        own = self.scale * self.P
-        return own if self.store == "delta" else own - W()[:, self.indices].float()
-
-    def _selector(self) -> Tensor:
-        """E_I (r, in)."""
-        return F.one_hot(self.indices, self.site.in_features).to(self.P.dtype)
 
     def _chosen(self) -> Tensor:
         if self.select == "random":
