@@ -67,7 +67,7 @@ def test_the_stable_scale_and_orthogonal_factors(out, c):
 
 def test_the_first_step_is_the_best_rank_2r_part_of_the_gradient_step():
     _, _, d, G = started(rank=2, alpha=6.0, out=6, inn=5)
-    s, c2 = d.scale, float(d.A[0].square().sum())
+    s, c2 = d.scale, float(d.A[0].detach().square().sum())
     A, B = d.A.double(), d.B.double()
     step = s * ((s * G.double() @ A.T) @ A + B @ (s * B.T @ G.double()))  # of BA, per unit of −η
     U, S, Vh = torch.linalg.svd(G.double())
@@ -79,7 +79,7 @@ def test_the_first_step_is_the_best_rank_2r_part_of_the_gradient_step():
 def test_with_2r_beyond_the_rank_the_first_step_is_that_of_full_fine_tuning():
     _, _, d, G = started(rank=4, out=6, inn=7)
     step = G @ d.A.T @ d.A + d.B @ d.B.T @ G
-    assert torch.allclose(step / float(d.A[0].square().sum()), G, atol=1e-5)
+    assert torch.allclose(step / d.A[0].square().sum(), G, atol=1e-5)
 
 
 @pytest.mark.parametrize("sketch", [False, True])
