@@ -25,14 +25,24 @@ class Case(NamedTuple):
 
     def loss(self) -> Tensor:
         """A scalar to differentiate."""
-        out = self.model(**self.batch)
-        return out.loss if hasattr(out, "loss") else out.square().mean()
+        return self.model(**self.batch).loss
+
+    def calibration(self, count: int = 8) -> list[dict[str, Tensor]]:
+        """Batches like this one, each with its tokens or pixels moved on."""
+        moved = ("input_ids", "pixel_values")
+        return [{k: v.roll(i, -1) if k in moved else v for k, v in self.batch.items()} for i in range(count)]
 
 
 def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The logits of a model."""
-    out = model(**batch)
-    return out if isinstance(out, Tensor) else out.logits
+    return model(**batch).logits
+
+
+class Output(NamedTuple):
+    """What a model of transformers would give."""
+
+    loss: Tensor
+    logits: Tensor
 
 
 class SmallCNN(nn.Module):
@@ -45,9 +55,10 @@ class SmallCNN(nn.Module):
         self.line = nn.Conv1d(12, 6, 3)
         self.out = nn.Linear(6, 5)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Output:
         h = torch.relu(self.conv2(torch.relu(self.conv1(pixel_values))))
-        return self.out(torch.relu(self.line(h.flatten(2))).mean(-1))
+        logits = self.out(torch.relu(self.line(h.flatten(2))).mean(-1))
+        return Output(nn.functional.cross_entropy(logits.float(), labels), logits)
 
 
 def _tokens(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
@@ -103,7 +114,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32) -> Case:
         )  # fmt: skip
     else:
         model, sites = SmallCNN(), "conv"
-        batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+        batch = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([1, 4])}
     with torch.no_grad():
         for p in model.parameters():  # norms and biases too: zeros hide mistakes
             p.add_(torch.randn(p.shape) * 0.02)

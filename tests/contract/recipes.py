@@ -66,9 +66,8 @@ def attached(method: registry.Method, kind: str, dtype: torch.dtype = torch.floa
             expert = veneer.attach(case.model, "lora", rank=2 + i, sites=case.sites, name=label, seed=i)
             moved(expert)
     fields = {"rank": 4} if _has_rank(method) else {}
-    batches = [case.batch]
     adapter = veneer.attach(
-        case.model, recipe(method), sites=case.sites, calibration=batches,
+        case.model, recipe(method), sites=case.sites, calibration=case.calibration(),
         schedule=Schedule(steps=20, lr=1e-2), **(fields | options),
     )  # fmt: skip
     return case, adapter

@@ -140,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
     case, adapter = attached(method, kind)
     if not hasattr(case.model, "gradient_checkpointing_enable"):
         pytest.skip("not a transformers model: it has no checkpointing switch")
-    moved(adapter)
+    moved(adapter, 0.02)  # a larger move lets RandLoRA's scale of 20 amplify the order of sums
     case.model.train()
     for m in case.model.modules():
         if isinstance(m, torch.nn.Dropout):
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
     case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     case.loss().backward()
     for (n, p), g in zip(adapter.named_parameters(), plain):
-        assert torch.allclose(p.grad, g, atol=1e-6), n
+        assert (p.grad - g).abs().max() <= 2e-5 * g.abs().max() + 1e-7, n
 
 
 def test_runs_in_bf16_and_under_autocast(method, kind):

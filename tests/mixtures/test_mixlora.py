@@ -121,6 +121,13 @@ def test_sparse_dispatch_equals_the_explicit_sum(kind, form):
     assert torch.allclose(run(delta), explicit, atol=1e-5)
 
 
+def test_experts_one_by_one_equal_experts_together():
+    together, _ = mixed()
+    one_by_one, delta = mixed("mixlora(experts=4)+allora")  # another product: the factors are not stacked
+    assert next(iter(delta.members())).product is not delta.default_product
+    assert torch.allclose(together.run(), one_by_one.run(), atol=1e-5)
+
+
 def test_frozen_products_that_read_x_are_made_once_a_token():
     _, delta = mixed()
     rows = {}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import make
 
-from veneer.parts.evidence import gather
 from veneer.core.site import find_sites
 from veneer.errors import UserError
+from veneer.parts.evidence import gather
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "embedding", "bert"])

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Adapted
-from veneer.fields import At
 from veneer.core.hook import Storage
 from veneer.core.product import compute_dtype
 from veneer.core.registry import method
 from veneer.core.site import Site, register_storage
 from veneer.errors import UserError
+from veneer.fields import At
 from veneer.numerics import quantize
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from veneer.numerics.chance import kaiming_uniform
 from veneer.core.delta import Delta, Pair, Slot
-from veneer.fields import At
 from veneer.core.registry import PeftMap, method
+from veneer.fields import At
+from veneer.numerics.chance import kaiming_uniform
 
 
 @method(

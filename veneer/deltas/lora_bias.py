@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from veneer.numerics.chance import kaiming_uniform
 from veneer.core.delta import Delta, LoRAForm, Pair, Slot
-from veneer.fields import At
 from veneer.core.registry import PeftMap, method
+from veneer.fields import At
+from veneer.numerics.chance import kaiming_uniform
 
 
 @method(

@@ -66,7 +66,7 @@ class LoRAFA(Delta):
         return self.rank * self.site.out_features + (0 if self.gate is None else self.rank)
 
 
-@method("lora-fa-correction", axis="optim", paper="arXiv:2308.03303", system=0, wants=("pair",), defaults="lora-fa")
+@method("lora-fa-correction", axis="optim", paper="arXiv:2308.03303", system=0, defaults="lora-fa")
 class LoRAFACorrection(Optim):
     """The gradient of B for which a step changes W most like full fine-tuning, A being frozen.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,18 +48,6 @@ def run(out: str | None = None, *, quick: bool = False, seed: int = 0, minutes: 
         UserError: the model or data package is missing, or ``out`` holds a run.
     """
     return _Demo(QUICK if quick else FULL, seed, minutes).run(out)
-
-
-@contextmanager
-def _whole_head_inputs(model: Any) -> Iterator[None]:
-    """The head's input made contiguous: torch copies a frozen head once per row for the slice that decoding takes."""
-    from veneer.models import head
-
-    handle = head(model).register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Demo:
@@ -115,7 +102,7 @@ class _Demo:
         from veneer.train.evaluate import generate
 
         started = time.monotonic()
-        with self.console.status(f"scoring {len(self.held)} held-out words {when}"), _whole_head_inputs(self.model):
+        with self.console.status(f"scoring {len(self.held)} held-out words {when}"):
             texts = generate(self.model, self.tokenizer, [w.prompt for w in self.held], self.size.longest, 100)
         predicted = [tuple(text.strip().split("\n")[0].split()) for text in texts]
         result = self._score(predicted)

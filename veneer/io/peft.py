@@ -249,5 +249,5 @@ def _description(config: Config, parts: dict[str, list[Site]], trained: list[str
         "fields": fields,
         "train": trained,
         "phase": 0,
-        "base": base_fingerprint(model),
+        "base": base_fingerprint(model, without=trained),
     }

@@ -186,9 +186,14 @@ class MixLoRA(Delta):
         return expert.masked_fill(place > self.capacity, self.experts)
 
     def mixed(self, tokens: Tensor, token: Tensor, expert: Tensor, weight: Tensor, base: Base) -> Tensor:
-        """Σ w·Fₑ(x) over the choices (M,): (N, d). They are sorted by expert, so that each runs once, on its rows."""
+        """Σ w·Fₑ(x) over the choices (M,): (N, d). The choices are sorted by expert.
+
+        Plain pairs run all together, each row on its part of the stacked factors; other forms expert by expert.
+        """
         order = expert.argsort(stable=True)
-        rows, sizes = token[order], torch.bincount(expert, minlength=self.experts + 1).tolist()
+        rows, of = token[order], expert[order]
+        together = all(d.is_plain() and d.offset is None and d.product is d.default_product for d in self.members())
+        sizes = [len(rows)] if together else torch.bincount(expert, minlength=self.experts + 1).tolist()
         inputs = tokens.index_select(0, rows).split(sizes)
         shared: dict[str, tuple[Tensor, ...]] = {}
         now = 0
@@ -200,7 +205,9 @@ class MixLoRA(Delta):
                 if name not in shared:
                     shared[name] = own(tokens).index_select(0, rows).split(sizes)
                 y = shared[name][now]
-            return y if role is None or now == self.experts else changed(self.expert[role][now], own, z, y)
+            if role is None or now == self.experts:
+                return y
+            return stacked(self.expert[role], of, z, y) if together else changed(self.expert[role][now], own, z, y)
 
         outputs = []
         with standing_in(self.inner(layer)):
@@ -268,3 +275,13 @@ def changed(delta: Delta, own: Callable[[Tensor], Tensor], x: Tensor, y: Tensor)
         y = link.run(x, base)
         base = Known(delta.site, partial(link.run, base=base), (*base.links, link), (x, y))
     return y
+
+
+def stacked(bank: nn.ModuleList, of: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``y`` (M, out) with the change of expert ``of`` (M,) on each row; E, no expert, changes nothing."""
+    pairs = [delta.pair() for delta in bank]
+    ranks = torch.tensor([len(p.A) for p in pairs])
+    owner = torch.arange(len(bank)).repeat_interleave(ranks).to(of.device)
+    A, B = bank[0].cast(x, torch.cat([p.A for p in pairs]), torch.cat([p.scale * p.B for p in pairs], dim=1))
+    h = F.linear(bank[0].drop(x), A) * (of[:, None] == owner)
+    return torch.addmm(y, h, B.T)

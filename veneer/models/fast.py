@@ -7,7 +7,7 @@ context the model is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ LONGEST = (
 
 
 @contextmanager
-def fast_forms(model: nn.Module, plain: Plain | None = None) -> Iterator[None]:
+def fast_forms(model: nn.Module, plain: Plain | None = None, leave: Collection[str] = ()) -> Iterator[None]:
     """Run the known layers of ``model`` in their fast forms, in train and eval mode alike.
 
     Blocks under transformers' gradient checkpointing are recomputed in the same forms, after the context has ended too.
@@ -40,8 +40,9 @@ def fast_forms(model: nn.Module, plain: Plain | None = None) -> Iterator[None]:
         plain: ``plain(layer)`` gives (weight, bias, A, B, scale, dropout, seed[, gain]) of a linear layer on which one
             plain low-rank pair acts, or None; see `veneer.numerics.lowrank.Branch`. Layers for which it gives None are
             called as modules.
+        leave: kinds that run as they are: ``norm``, ``mlp``, ``attention``.
     """
-    forms = _Forms(plain)
+    forms = _Forms(plain, leave)
     replayed = []
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
@@ -69,8 +70,9 @@ def _checkpointed(own: Callable, forms: _Forms, module: nn.Module, function: Cal
 class _Forms:
     """The forms of one pass, and what its calls share."""
 
-    def __init__(self, plain: Plain | None) -> None:
+    def __init__(self, plain: Plain | None, leave: Collection[str]) -> None:
         self.plain = plain
+        self.known = {kind: form for kind, form in _FORMS.items() if kind not in leave}
         self.mask: tuple[Tensor, torch.dtype, Tensor | None] | None = None
 
     @contextmanager
@@ -79,7 +81,7 @@ class _Forms:
         mine = []
         try:
             for module in _within(model):
-                form = _FORMS.get(_kind(module))
+                form = self.known.get(_kind(module))
                 if form is not None and "forward" not in module.__dict__:
                     module.__dict__["forward"] = partial(form, self, module)
                     mine.append(module)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A hash of the base's tensors: names, shapes and 256 evenly spaced values of each, rounded to bf16.
 
-    The same for one base in fp32, in bf16, and with its layers converted to another storage; adapters are left out.
+    The same for one base in fp32, in bf16, and with its layers converted to another storage; adapters are left out,
+    and so are the tensors named ``without``: a head made for the task is another one each time the base is loaded.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         if ".veneer." not in f".{path}." and "veneer_shared" not in path:
             own = module.__dict__.get("_veneer_digests") or digests(module)
-            found |= {f"{path}.{n}": d for n, d in own.items()}
+            found |= {f"{path}.{n}".lstrip("."): d for n, d in own.items()}
+    for name in without:
+        found.pop(name, None)
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:32]
 
 

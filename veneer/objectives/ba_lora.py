@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.fields import At
 from veneer.core.hook import Objective, Run
 from veneer.core.registry import method
+from veneer.fields import At
 
 POSITIONS = 256  # rows of the matrix whose singular values are taken, at most
 

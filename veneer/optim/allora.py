@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.fields import At
 from veneer.core.hook import Optim
 from veneer.core.product import lowrank_linear
 from veneer.core.registry import method
+from veneer.fields import At
 
 
 def row_factor(A: Tensor, B: Tensor, eta_squared: float) -> Tensor:

@@ -66,7 +66,7 @@ def attach(
     hooks = core.make_hooks(parsed, seed)
     batches = _calibration(hooks, calibration)
     tensors = trained_tensors(model, train)
-    base = base_fingerprint(model)
+    base = base_fingerprint(model, without=tensors)
     form = core.all_fields(parsed.part("delta")) if parsed.part("delta") else {}
     evidence = _evidence(model, chosen, hooks, batches, form, seed)
     axis = "ranks" if parsed.part("ranks") else "init"  # beside a method that decides the ranks a start only starts

@@ -74,9 +74,10 @@ def gather(
     last: list[Any] = [None, None]
     watch = [_watch(s, evidence[s], needs, mask, last, components, seed) for s in sites]
     handles = []
-    embedding = architecture.embedding(model)
-    if backward and embedding is not None:
-        handles.append(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_() if y.is_leaf else y))
+    table = getattr(architecture.embedding(model), "weight", None)
+    for m in model.modules() if backward and table is not None else ():
+        if isinstance(m, nn.Embedding) and m.weight is table:  # encoder and decoder have one each
+            handles.append(m.register_forward_hook(lambda m, a, y: y.requires_grad_() if y.is_leaf else y))
     handles += [s.module.register_forward_hook(w) for s, w in zip(sites, watch)]
     flags = {p: p.requires_grad for p in model.parameters()}
     modes = {m: m.training for m in model.modules()}

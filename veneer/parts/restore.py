@@ -30,7 +30,7 @@ def attach_from(
     """
     parsed = recipes.parse(description["recipe"])
     core.check_name(model, name)
-    base = base_fingerprint(model)
+    base = base_fingerprint(model, without=description["train"])
     if base != description["base"] and not force:
         raise UserError(
             f"this adapter was made on another base (its fingerprint is {description['base'][:8]}…, "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +57,10 @@ def thin_config(trunk: nn.Module, reduction: int) -> Any:
 
 
 def thin_block(block: nn.Module, config: Any, index: int, generator: torch.Generator) -> nn.Module:
-    """A block of the same class in fp32: matrices N(0, σ²) with the config's σ, biases 0, norms 1."""
+    """A block of the same class in fp32: matrices N(0, σ²) with the config's σ, biases 0, norms 1.
+
+    It computes in the type of its input, its tensors cast.
+    """
     cls = _plain_class(block)
     numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(cls).parameters else {}
     with torch.random.fork_rng(devices=[]):
@@ -66,7 +71,47 @@ def thin_block(block: nn.Module, config: Any, index: int, generator: torch.Gener
                 nn.init.normal_(p, 0.0, getattr(config, "initializer_range", 0.02), generator=generator)
             elif name == "bias":
                 nn.init.zeros_(p)
+    thin.__class__ = _casting(cls)
     return thin
+
+
+@contextmanager
+def cast_to(module: nn.Module, x: Tensor) -> Iterator[None]:
+    """Within it a module's tensors are cast to the type of ``x``; gradients reach the tensors themselves."""
+    if torch.is_autocast_enabled(x.device.type):
+        yield
+        return
+    own = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None]
+    for m, n, p in own:
+        m._parameters[n] = p.to(x.dtype)
+    try:
+        yield
+    finally:
+        for m, n, p in own:
+            m._parameters[n] = p
+
+
+class _Casting:
+    """Mixed into a thin block's class, so that checkpointing, which wraps forward, casts again when it recomputes."""
+
+    _veneer_base: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with cast_to(self, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuilt, (self._veneer_base,), self.__dict__
+
+
+@cache
+def _casting(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_Casting, cls), {"_veneer_base": cls, "__module__": __name__})
+
+
+def _rebuilt(cls: type[nn.Module]) -> nn.Module:
+    new = _casting(cls)
+    return new.__new__(new)
 
 
 def thin_norm(norm: nn.Module, size: int) -> nn.Module:

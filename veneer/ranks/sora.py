@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from veneer.numerics.chance import generator
-from veneer.fields import At
 from veneer.core.hook import Phase, Plan, Ranks, Run, Schedule
 from veneer.core.registry import method
+from veneer.fields import At
+from veneer.numerics.chance import generator
 from veneer.parts.components import components
 
 if TYPE_CHECKING:

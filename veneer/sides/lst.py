@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -163,16 +162,16 @@ class LST(Delta):
         module = self.site.module
         trace = trunk.states(module, base, (x, *args), kwargs, cache=f"veneer_{self.adapter_name}")
         h, gates = trace.states, (self.alpha / self.temperature).sigmoid()
-        with _in_type(h[0]):
-            s = F.linear(h[0], self.down[0], self.down_bias[0])
-            for n, i in enumerate(self.kept):
-                ladder = F.linear(h[i + 1], self.down[n + 1], self.down_bias[n + 1])
-                if self.mix_after:
-                    s = self._step(n, s, *trace.calls[i])
-                s = gates[n] * s + (1 - gates[n]) * ladder
-                if not self.mix_after:
-                    s = self._step(n, s, *trace.calls[i])
-            y = F.linear(self.drop(self.norm(s)), self.up, self.up_bias)
+        ladders = list(zip(*(t.unbind() for t in self.cast(h[0], self.down, self.down_bias))))
+        s = F.linear(h[0], *ladders[0])
+        for n, i in enumerate(self.kept):
+            if self.mix_after:
+                s = self._step(n, s, *trace.calls[i])
+            s = gates[n] * s + (1 - gates[n]) * F.linear(h[i + 1], *ladders[n + 1])
+            if not self.mix_after:
+                s = self._step(n, s, *trace.calls[i])
+        with thin.cast_to(self.norm, s):
+            y = F.linear(self.drop(self.norm(s)), *self.cast(s, self.up, self.up_bias))
         if self.merge_last:
             y = gates[-1] * y + (1 - gates[-1]) * trunk.hidden(trace.output)
         return trunk.replaced(module, trace.output, y)
@@ -233,10 +232,3 @@ def _bound(fan_in: int) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
 def _last(value: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
     """The start 0, and ``value`` at the end."""
     return lambda shape, g: torch.zeros(shape).index_fill(0, torch.tensor(shape[0] - 1), value)
-
-
-def _in_type(h: Tensor) -> AbstractContextManager:
-    """Products in the trunk's half precision, on the side's fp32 tensors."""
-    if h.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(h.device.type):
-        return torch.autocast(h.device.type, h.dtype)
-    return nullcontext()

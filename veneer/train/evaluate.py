@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from veneer.models import head
 from veneer.train.modes import evaluating
 from veneer.train.tasks import IGNORED, Task, moved
 
@@ -83,7 +85,7 @@ def generate(
     texts = [""] * len(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), _whole_head_inputs(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids = [tokenizer(prompts[i])["input_ids"] for i in rows]
@@ -105,6 +107,20 @@ def generate(
             for i, row in zip(rows, out):
                 texts[i] = tokenizer.decode(row[prefix:], skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def _whole_head_inputs(model: nn.Module) -> Iterator[None]:
+    """The head's input made contiguous: torch copies a frozen head once per row for the slice that decoding takes."""
+    top = head(model)
+    if top is None:
+        yield
+        return
+    handle = top.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def better(loss: float, best: float | None) -> bool:

@@ -442,8 +442,8 @@ class _Job:
         whole = Whole(adapter) if self.out is not None else None
         if self.folder is not None and whole is not None:
             whole.save(self.folder.path / "adapter")
-            self._draw()
             self.folder.write_record(record)
+            self._draw()
         if self.board is not None:
             self.board.close()
         self.processes.wait()
