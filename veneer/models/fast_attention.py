@@ -7,6 +7,8 @@ the compute precision while the sequence is short, and formed again in backward 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -88,13 +90,19 @@ def _blocks(time: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, time)) for a in range(0, time, size)]
 
 
+@functools.lru_cache(maxsize=8)
+def _later(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Minus infinity at the columns after each row's own: ``(size, 1, size)``."""
+    with torch.inference_mode(False):
+        return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)[:, None]
+
+
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, scale: float) -> Tensor:
     """Of the times a … b: ``(batch · groups, rows, b)`` from their ``q (batch · groups, rows, head_dim)``."""
     scores = torch.baddbmm(q.new_zeros(()), q, k[:, :b].transpose(1, 2), beta=0, alpha=scale)
     group = q.shape[1] // (b - a)
     if mask is None:
-        later = torch.full((b - a, b - a), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-        scores.view(-1, b - a, group, b)[..., a:].add_(later[:, None])
+        scores.view(-1, b - a, group, b)[..., a:].add_(_later(b - a, q.dtype, q.device))
     else:
         scores.view(mask.shape[0], -1, b - a, group, b).add_(mask[:, :, a:b, None, :b])
     return scores.softmax(-1)

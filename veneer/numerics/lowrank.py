@@ -56,10 +56,10 @@ class Factors(NamedTuple):
     @classmethod
     def of(cls, branches: Sequence[Branch], dtype: torch.dtype) -> Factors:
         """Cast, scale and stack."""
-        A = [b.A.to(dtype) for b in branches if b.A is not None]
+        A = [b.A for b in branches if b.A is not None]
         B = (None if b.B is None else b.B if b.factor == 1.0 else b.B * b.factor for b in branches)
         return cls(
-            None if not A else A[0] if len(A) == 1 else torch.cat(A),
+            (A[0] if len(A) == 1 else torch.cat(A)).to(dtype) if A else None,
             tuple(None if b is None else b.to(dtype) for b in B),
         )
 
@@ -138,8 +138,8 @@ def gradients(
         B = None
         if need_B:
             # (hᵀ g)ᵀ rather than gᵀ h: the library's product is faster with the thin matrix on the left.
-            B = (hidden[i].t() @ g).t().to(branch.B.dtype)
-            B = B if branch.factor == 1.0 else B * branch.factor
+            B = torch.empty_like(branch.B, memory_format=torch.contiguous_format).copy_((hidden[i].t() @ g).t())
+            B = B if branch.factor == 1.0 else B.mul_(branch.factor)
         if branch.A is not None and (need_A or need_rows):
             back[i] = g @ factors.B[i]
         found.append(Gradients(bias, None, B, gain))
