@@ -11,18 +11,10 @@ import veneer
 from veneer.core.delta import Delta
 
 
-class OneLayer(nn.Sequential):
-    """A layer at the path ``0``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output."""
-        return self[0](x)
-
-
 class Single(NamedTuple):
     """A model of one layer, its adapter and the delta at the layer."""
 
-    model: OneLayer
+    model: nn.Sequential
     adapter: veneer.Adapter
     delta: Delta
 
@@ -44,7 +36,7 @@ def linear(W: Any, b: Any = None) -> nn.Linear:
 
 def single(layer: nn.Module, recipe: str, **options: Any) -> Single:
     """Attach a recipe to a layer."""
-    model = OneLayer(layer)
+    model = nn.Sequential(layer)
     adapter = veneer.attach(model, recipe, **({"sites": "all"} | options))
     return Single(model, adapter, next(iter(adapter.deltas.values())))
 

@@ -13,11 +13,6 @@ from veneer.deltas.randlora import Bases, _Factored, _scaled
 SHAPES = [(6, 4), (4, 6), (6, 5), (5, 5)]
 
 
-class TwoLayers(nn.Sequential):
-    def forward(self, x):
-        return self[1](self[0](x))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [{}, {"sparse": True}, {"very_sparse": True}], ids=str)
 def test_bases_outputs_and_gradients_agree_with_peft(shape, kind):
@@ -46,7 +41,7 @@ def recipe(name, **fields):
 
 def test_a_peft_directory_with_a_key_in_place_of_bases_is_read(tmp_path):
     peft = pytest.importorskip("peft")
-    model, x = TwoLayers(nn.Linear(6, 40), nn.Linear(40, 9)), torch.randn(3, 6)
+    model, x = nn.Sequential(nn.Linear(6, 40), nn.Linear(40, 9)), torch.randn(3, 6)
     config = peft.RandLoraConfig(
         r=4, randlora_alpha=8, target_modules=["0", "1"], projection_prng_key=5, save_projection=False
     )
@@ -121,7 +116,7 @@ def test_the_rank_grows_from_r_to_full():
 
 
 def test_one_pool_serves_all_layers_by_leading_slices_and_stays_out_of_the_file(tmp_path):
-    model = TwoLayers(nn.Linear(6, 40), nn.Linear(40, 9))
+    model = nn.Sequential(nn.Linear(6, 40), nn.Linear(40, 9))
     adapter = veneer.attach(model, "randlora", rank=4, sites="all")
     pool = adapter.shared
     assert pool.A.shape == (4, 1, 40) and pool.B.shape == (40, 10, 4)

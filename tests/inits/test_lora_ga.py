@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from single import OneLayer, stirred
+from single import stirred
 from torch import nn
 from torch.nn.functional import linear as product
 
@@ -121,7 +121,7 @@ def test_pefts_rule_agrees_with_peft(direction, scale, theirs):
     layer, (batch,) = nn.Linear(7, 6), data()
     U, S, Vh = torch.linalg.svd(layer.weight.data, full_matrices=False)
     layer.weight.data = U * 0.1 ** torch.arange(len(S)) @ Vh  # a spectrum that PEFT's two sketched directions see well
-    plain = OneLayer(copy.deepcopy(layer))
+    plain = nn.Sequential(copy.deepcopy(layer))
     config = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=["0"], init_lora_weights="lora_ga",
         lora_ga_config=peft.LoraGAConfig(direction=direction, scale=theirs),
@@ -139,7 +139,7 @@ def test_pefts_rule_agrees_with_peft(direction, scale, theirs):
 
 
 def test_batches_without_a_loss_and_too_large_ranks_are_refused():
-    model = OneLayer(nn.Linear(7, 6))
+    model = nn.Sequential(nn.Linear(7, 6))
     with pytest.raises(UserError, match="give no loss"):
         veneer.attach(model, "lora-ga", rank=2, sites="all", calibration=[(torch.randn(3, 7),)])
     with pytest.raises(UserError, match="rank=7 is more than"):
