@@ -187,13 +187,13 @@ def _replaced(module: nn.Module, tensors: tuple[Delta, ...]):
     for delta in tensors:
         name = delta.site.name
         p = module._parameters[name]
-        like = p if p is not None else next(module.parameters(recurse=False))
+        dtype = p.dtype if p is not None else vars(module).get("weight_dtype") or module.weight.dtype
         if isinstance(delta, Written):
             value = delta.parameter()
         else:
             value = delta.weight(p) if p is None else p + delta.weight(p)
         before.setdefault(name, p)
-        module._parameters[name] = value.to(like.dtype)
+        module._parameters[name] = value.to(dtype)
     try:
         yield
     finally:
