@@ -186,6 +186,19 @@ def test_a_fisher_start_keeps_what_the_loss_depends_on():
     assert not torch.equal(*kept.values())
 
 
+def test_the_side_turns_the_pairs_that_survive_by_the_trunks_own_angles():
+    case = make("llama")
+    with torch.no_grad():
+        case.model.model.layers[1].self_attn.k_proj.weight.view(2, 8, 32)[:, [1, 5, 3, 7]] += 10
+    (delta,) = veneer.attach(case.model, "lst(reduction=2)").deltas.values()
+    assert delta.turn[1].tolist() == [1, 3, 5, 7]
+    given = []
+    delta.side[1].register_forward_pre_hook(lambda m, a, k: given.extend(k["position_embeddings"]), with_kwargs=True)
+    case.run()
+    whole = case.model.model.rotary_emb(torch.zeros(1), torch.arange(7)[None])
+    assert all(torch.equal(a, b[..., [1, 3, 5, 7]]) for a, b in zip(given, whole))
+
+
 def test_a_random_start_takes_nothing_from_the_trunk_and_is_seeded():
     first, second, pruned = (beside(fields=f)[1] for f in (", start='random'", ", start='random'", ""))
     weights = [d.side[0].mlp.up_proj.weight for d in (first, second, pruned)]
