@@ -9,6 +9,7 @@ import transformers as tf
 from veneer.core.product import lowrank_linear
 from veneer.models import fast_attention
 from veneer.models.fast import fast_forms
+from veneer.numerics import lowrank
 from veneer.numerics.dropout import keep_mask
 from veneer.numerics.lowrank import Branch
 
@@ -196,14 +197,14 @@ class Pair(torch.nn.Linear):
         return lowrank_linear(x, b.weight, b.bias, b.A, b.B, b.scale, b.dropout, b.seed, b.gain)
 
 
-def with_pairs(model, p=0.0, gain=False, names="qkvo gate up down"):
+def with_pairs(model, p=0.0, gain=False, names="qkvo gate up down", seed_of=lambda name, number: number):
     model.requires_grad_(False)
     g = torch.Generator().manual_seed(3)
     ends = tuple(f"{n}_proj" for n in names.replace("qkvo", "q k v o").split())
-    for seed, (name, m) in enumerate(model.named_modules()):
+    for number, (name, m) in enumerate(model.named_modules()):
         if isinstance(m, torch.nn.Linear) and name.endswith(ends):
             m.__class__ = Pair
-            m.p, m.seed, m.gain = p, seed, None
+            m.p, m.seed, m.gain = p, seed_of(name, number), None
             m.A = torch.nn.Parameter(torch.randn(3, m.in_features, generator=g) * 0.1)
             m.B = torch.nn.Parameter(torch.randn(m.out_features, 3, generator=g) * 0.1)
             if gain:
@@ -229,6 +230,20 @@ def test_grouped_layers_give_what_each_gives_alone(p, gain, bias):
         fast = outputs_and_gradients(model, tokens())
     assert not calls
     assert difference(fast, own) < 2e-5
+
+
+@pytest.mark.parametrize("names", ["qkvo gate up down", "q v up down"])
+def test_siblings_of_one_seed_share_a_mask(names, monkeypatch):
+    """Layers whose dropout has the same seed drop the same inputs: grouped, the mask is drawn once."""
+    model = with_pairs(tiny(), 0.3, names=names, seed_of=lambda name, _: len(name.rpartition(".")[0]))
+    own = outputs_and_gradients(model, tokens())
+    drawn = []
+    monkeypatch.setattr(lowrank, "keep_mask", lambda *a: drawn.append(1) or keep_mask(*a))
+    with fast_forms(model, plain):
+        fast = outputs_and_gradients(model, tokens())
+    assert difference(fast, own) < 2e-5
+    groups = 4 if "o" in names.split()[0] else 3
+    assert len(drawn) == 2 * 2 * groups  # layers, directions
 
 
 @pytest.mark.parametrize("names", ["qkvo", "up", "gate up", "down", "k"])

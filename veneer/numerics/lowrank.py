@@ -1,12 +1,13 @@
 """Linear layers with a low-rank change that share one input: their products and gradients, without autograd.
 
 ``y_i = g_i ∘ (x W_iᵀ + s_i (drop_i(x) A_iᵀ) B_iᵀ) + b_i``. One layer is a group of one. The sharing saves products: the
-``A_i`` run stacked, and the gradient of ``x`` is one sum that every product adds into.
+``A_i`` run stacked, and the gradient of ``x`` is one sum that every product adds into. Layers with the same dropout and
+the same seed drop the same numbers of ``x``, and so stay stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,12 @@ class Factors(NamedTuple):
             tuple(None if b is None else b.to(dtype) for b in B),
         )
 
-    def split(self, stacked: Tensor, dim: int) -> list[Tensor | None]:
-        """Each branch's share of something stacked as ``A`` is."""
-        pieces = iter(stacked.split([b.shape[1] for b in self.B if b is not None], dim))
-        return [None if b is None else next(pieces) for b in self.B]
+    def stack(self, members: Sequence[int]) -> Tensor:
+        """The ``A_i`` of some branches, one below the other."""
+        ranks = [0 if b is None else b.shape[1] for b in self.B]
+        if sum(ranks[i] for i in members) == sum(ranks):
+            return self.A
+        return torch.cat([self.A[sum(ranks[:i]) : sum(ranks[: i + 1])] for i in members])
 
 
 class Gradients(NamedTuple):
@@ -143,71 +146,55 @@ def gradients(
         if branch.A is not None and (need_A or need_rows):
             back[i] = g @ factors.B[i]
         found.append(Gradients(bias, None, B, gain))
-    found = [x._replace(A=A) for x, A in zip(found, _factor_gradients(rows, branches, back, [n[1] for n in needs]))]
-    return (_input_gradient(rows, branches, factors, grads, back) if need_rows else None), found
+    total = _through_weights(rows.dtype, branches, grads) if need_rows else None
+    for members, mask in _courses(rows, branches):
+        wanted = [i for i in members if needs[i][1]]
+        if wanted:
+            g = _joined([back[i] for i in wanted])
+            together = g.t() @ (rows if mask is None else rows * mask)
+            for i, piece in zip(wanted, together.split([branches[i].A.shape[0] for i in wanted])):
+                found[i] = found[i]._replace(A=piece.to(branches[i].A.dtype))
+        if need_rows:
+            g = g if wanted == members else _joined([back[i] for i in members])
+            total = _added(total, g, factors.stack(members), mask)
+    return total, found
 
 
-def _mask(rows: Tensor, branch: Branch) -> Tensor:
-    return keep_mask(branch.seed, tuple(rows.shape), branch.dropout, rows.dtype, rows.device)
-
-
-def _dropped(rows: Tensor, branch: Branch) -> Tensor:
-    return rows * _mask(rows, branch) if branch.dropout else rows
+def _courses(rows: Tensor, branches: Sequence[Branch]) -> Iterator[tuple[list[int], Tensor | None]]:
+    """The branches with a change, those together that see the input under one mask, and that mask (N, in) or None."""
+    courses: dict[tuple[float, int | None], list[int]] = {}
+    for i, b in enumerate(branches):
+        if b.A is not None:
+            courses.setdefault((b.dropout, b.seed if b.dropout else None), []).append(i)
+    for (p, seed), members in courses.items():
+        yield members, keep_mask(seed, tuple(rows.shape), p, rows.dtype, rows.device) if p else None
 
 
 def _project(rows: Tensor, branches: Sequence[Branch], factors: Factors) -> list[Tensor | None]:
-    if factors.A is None:
-        return [None] * len(branches)
-    if not any(b.dropout for b in branches):
-        return factors.split(rows @ factors.A.t(), 1)
-    shares = zip(branches, factors.split(factors.A, 0))
-    return [None if A is None else _dropped(rows, b) @ A.t() for b, A in shares]
-
-
-def _factor_gradients(
-    rows: Tensor, branches: Sequence[Branch], back: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """``(g B)ᵀ drop(x)`` of each branch: one product for all where no mask sets them apart."""
-    taken = [i for i, want in enumerate(wanted) if want]
     found: list[Tensor | None] = [None] * len(branches)
-    if len(taken) > 1 and not any(branches[i].dropout for i in taken):
-        together = torch.cat([back[i] for i in taken], 1).t() @ rows
-        for i, piece in zip(taken, together.split([branches[i].A.shape[0] for i in taken])):
-            found[i] = piece.to(branches[i].A.dtype)
-        return found
-    for i in taken:
-        found[i] = (back[i].t() @ _dropped(rows, branches[i])).to(branches[i].A.dtype)
+    for members, mask in _courses(rows, branches):
+        h = (rows if mask is None else rows * mask) @ factors.stack(members).t()
+        for i, piece in zip(members, h.split([branches[i].A.shape[0] for i in members], 1)):
+            found[i] = piece
     return found
 
 
-def _input_gradient(
-    rows: Tensor,
-    branches: Sequence[Branch],
-    factors: Factors,
-    grads: Sequence[Tensor],
-    back: Sequence[Tensor | None],
-) -> Tensor:
-    """``Σ g_i W_i + m_i ∘ (g_i B_i) A_i``, every product added into the first."""
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _through_weights(dtype: torch.dtype, branches: Sequence[Branch], grads: Sequence[Tensor]) -> Tensor | None:
+    """``Σ g_i W_i``, every product added into the first; None where no branch has a weight."""
     total: Tensor | None = None
     for branch, g in zip(branches, grads):
         if branch.weight is not None:
-            W = branch.dense(rows.dtype)
+            W = branch.dense(dtype)
             total = g @ W if total is None else total.addmm_(g, W)
-    if factors.A is None:
-        assert total is not None
-        return total
-    if not any(b.dropout for b in branches):
-        joined = [h for h in back if h is not None]
-        h = joined[0] if len(joined) == 1 else torch.cat(joined, 1)
-        return h @ factors.A if total is None else total.addmm_(h, factors.A)
-    for branch, h, A in zip(branches, back, factors.split(factors.A, 0)):
-        if h is None:
-            continue
-        if not branch.dropout:
-            total = h @ A if total is None else total.addmm_(h, A)
-        elif total is None:
-            total = (h @ A).mul_(_mask(rows, branch))
-        else:
-            total.addcmul_(h @ A, _mask(rows, branch))
-    assert total is not None
     return total
+
+
+def _added(total: Tensor | None, g: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """``mask ∘ (g A)`` added into ``total``, or alone."""
+    if mask is None:
+        return g @ A if total is None else total.addmm_(g, A)
+    return (g @ A).mul_(mask) if total is None else total.addcmul_(g @ A, mask)
