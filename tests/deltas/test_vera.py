@@ -69,14 +69,26 @@ def test_running_is_the_dense_change(kind):
     assert torch.allclose(model(x), delta.site.run(x, W + change, delta.site.bias()), atol=1e-5)
 
 
-def test_the_gradients_are_those_of_the_expression():
-    _, adapter, delta = single(nn.Linear(9, 7), "vera", rank=4)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_gradients_are_those_of_the_expression_and_the_middle_alone_is_kept(dropout):
+    model, adapter, delta = single(nn.Linear(9, 7), "vera", rank=4, dropout=dropout)
     stirred(adapter)
-    B = adapter.shared.B
-    G = torch.randn(7, 4)
-    own = torch.autograd.grad((delta.pair().B * G).sum(), (delta.b, delta.d))
-    plain = torch.autograd.grad((delta.b[:, None] * B * delta.d * G).sum(), (delta.b, delta.d))
-    assert all(torch.allclose(g, h, atol=1e-5) for g, h in zip(own, plain))
+    model.train()
+    delta.draw_seed = lambda: 7
+    pool, own = adapter.shared, (delta.b, delta.d)
+    x, kept = torch.randn(5, 9, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    known = {t.data_ptr() for t in (x, *model[0].parameters(recurse=False), pool.A, pool.B, *own)}
+    rest = [t for t in kept if t.data_ptr() not in known]
+    assert sum(t.untyped_storage().nbytes() for t in rest) <= 4 * (5 * 4 + 1)  # h, and one number for x's shape
+    plain = model[0].weight @ x[..., None]
+    dropped = delta.drop(x)
+    assert (dropped == 0).any() == (dropout > 0)
+    expected = plain[..., 0] + model[0].bias + dropped @ pool.A.T * delta.d @ pool.B.T * delta.b
+    assert torch.allclose(y, expected, atol=1e-5)
+    for g, h in zip(gradients(y, x, *own), gradients(expected, x, *own)):
+        assert torch.allclose(g, h, atol=1e-5)
 
 
 def test_at_the_start_d_has_no_gradient_yet():

@@ -34,8 +34,8 @@ class LoHa(Delta):
 
     Both published codes form ΔW in every forward. Here it is a plain pair of rank r² in disguise: row (i, j) of A is
     w1b_i ∘ w2b_j and column (i, j) of B is w1a_i ∘ w2a_j, so that nothing of W's size is made where r²(in + out) ≤
-    in·out. Above that ΔW is formed, and formed again in the backward pass. Convolutions are taken in the dense view,
-    without LyCORIS's Tucker form; rank and module dropout are left out.
+    in·out. Above that ΔW is formed. Either way backward keeps x and forms the rest again. Convolutions are taken in the
+    dense view, without LyCORIS's Tucker form; rank and module dropout are left out.
     """
 
     rank: Annotated[int, At(ge=1, doc="inner dimension r of both products")] = 8
@@ -63,32 +63,51 @@ class LoHa(Delta):
 
     def pair(self) -> Pair | None:
         """The pair of rank r² that ΔW is, where it is smaller than ΔW."""
-        out, inn = self.site.out_features, self.site.in_features
-        if self.rank**2 * (inn + out) > inn * out:
-            return None
-        A = self.w1b[:, None, :] * self.w2b[None, :, :]
-        B = self.w1a[:, :, None] * self.w2a[:, None, :]
-        return Pair(A.flatten(0, 1), B.flatten(1), self.scale)
-
-    def is_plain(self) -> bool:
-        return self.pair() is not None
+        return Pair(*_crossed(*self._factors()), self.scale) if self._thin() else None
 
     def update(self, x: Tensor) -> Tensor:
-        if self.pair() is not None:
-            return super().update(x)
-
-        def product(x: Tensor, *factors: Tensor) -> Tensor:
-            return self.site.run(x, self._dense(*factors).to(self.compute_dtype(x)))
-
-        factors = (self.w1a, self.w1b, self.w2a, self.w2b)
-        return checkpoint(product, x, *factors, use_reentrant=False, preserve_rng_state=False)
+        form = self._dense
+        if self._thin() and self.site.factored():
+            form = self._looked_up if self.site.kind == "embedding" else self._crossed
+        return checkpoint(form, x, *self._factors(), use_reentrant=False, preserve_rng_state=False)
 
     def weight(self, W: Tensor | None = None) -> Tensor:
-        return self._dense(self.w1a, self.w1b, self.w2a, self.w2b)
+        return self.scale * _product(*self._factors())
 
     def parameter_count(self) -> int:
         """2r·(in + out)."""
         return 2 * self.rank * (self.site.in_features + self.site.out_features)
 
-    def _dense(self, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
-        return self.scale * (w1a @ w1b) * (w2a @ w2b)
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.w1a, self.w1b, self.w2a, self.w2b
+
+    def _thin(self) -> bool:
+        """Whether the pair of rank r² is smaller than ΔW."""
+        out, inn = self.site.out_features, self.site.in_features
+        return self.rank**2 * (inn + out) <= inn * out
+
+    def _crossed(self, x: Tensor, *factors: Tensor) -> Tensor:
+        A, B = _crossed(*factors)
+        A, B = self.cast(x, A, B * self.scale)
+        return self.site.lift(self.site.project(x, A), B)
+
+    def _looked_up(self, x: Tensor, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+        """At an embedding: the rows of A are crossed word by word."""
+        h = self.site.project(x, w1b)[..., :, None] * self.site.project(x, w2b)[..., None, :]
+        B = (w1a[:, :, None] * w2a[:, None, :]).flatten(1) * self.scale
+        return self.site.lift(*self.cast(x, h.flatten(-2), B))
+
+    def _dense(self, x: Tensor, *factors: Tensor) -> Tensor:
+        return self.site.run(x, *self.cast(x, self.scale * _product(*factors)))
+
+
+def _product(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+    """(w1a·w1b) ∘ (w2a·w2b), (out, in)."""
+    return (w1a @ w1b) * (w2a @ w2b)
+
+
+def _crossed(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as A (r², in) and B (out, r²)."""
+    A = w1b[:, None, :] * w2b[None, :, :]
+    B = w1a[:, :, None] * w2a[:, None, :]
+    return A.flatten(0, 1), B.flatten(1)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from veneer.core.adapted import Base
 from veneer.core.delta import Delta, Pair, Slot
+from veneer.core.product import compute_dtype
 from veneer.core.registry import PeftMap, method
 from veneer.core.site import Site
 from veneer.fields import At
+from veneer.numerics import lowrank
 
 
 @method("vera", axis="delta", paper="arXiv:2310.11454", system=0, gives=("linear", "foldable", "frozen-base"))
@@ -36,7 +39,7 @@ class VeRA(Delta):
     out*, and with them every value.
 
     Defaults: r = 256 and d = 0.1 from PEFT (the paper has r = 256 to 1024, rates ten times LoRA's and no decay).
-    Backward keeps xAᵀ and not x, and of size r nothing but Λ_b·B·Λ_d; PEFT keeps x, both middles and the output.
+    Backward keeps xAᵀ and nothing else, not even x; PEFT keeps x, both middles and the output.
     """
 
     rank: Annotated[int, At(ge=1, doc="inner dimension r")] = 256
@@ -65,12 +68,27 @@ class VeRA(Delta):
 
     def pair(self) -> Pair:
         """A and Λ_b·B·Λ_d."""
-        A, B = self.pool.A[:, : self.site.in_features], self.pool.B[_rows(self.site)]
-        return Pair(A, _Scaled.apply(B, self.b, self.d), 1.0)
+        A, B = self._projections()
+        return Pair(A, _scaled(B, self.b, self.d), 1.0)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.site.kind != "linear":
+            return super().forward(x, base)
+        p = self.active_dropout()
+        own = (*self._projections(), self.b, self.d, p, self.draw_seed() if p else None)
+        W = base.source() if base.fusable and not base.links else None
+        if W is None or getattr(W, "requires_grad", False):
+            return base(x) + _Projected.apply(x, None, None, None, *own)
+        W, stored = (W, None) if isinstance(W, Tensor) else (None, W)
+        return _Projected.apply(x, W, stored, base.own_bias(), *own)
 
     def parameter_count(self) -> int:
         """out + r."""
         return self.site.out_features + self.rank
+
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of this layer."""
+        return self.pool.A[:, : self.site.in_features], self.pool.B[_rows(self.site)]
 
 
 class Projections(nn.Module):
@@ -94,17 +112,39 @@ def _rows(site: Site) -> slice:
     return slice(0, site.out_features) if site.rows is None else site.rows
 
 
-class _Scaled(torch.autograd.Function):
-    """Λ_b·B·Λ_d (out, r), of which nothing is kept: B is the model's, and the rest is formed again."""
+def _scaled(B: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """Λ_b·B·Λ_d, (out, r)."""
+    return b[:, None] * B * d
+
+
+class _Projected(torch.autograd.Function):
+    """xWᵀ + bias + h·(Λ_b·B·Λ_d)ᵀ with h = drop(x)·Aᵀ (N, r), which is all that backward keeps; W may be missing."""
 
     @staticmethod
-    def forward(ctx: Any, B: Tensor, b: Tensor, d: Tensor) -> Tensor:
-        ctx.save_for_backward(B, b, d)
-        return b[:, None] * B * d
+    def forward(ctx, x, W, stored, bias, A, B, b, d, dropout, seed):
+        ctx.dtype, ctx.facts = compute_dtype(x), (stored, dropout, seed)
+        with torch.autocast(x.device.type, enabled=False):
+            group = _group(ctx, W, bias, A, B, b, d)
+            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            (y,), (h,), _ = lowrank.run(rows, group, lowrank.Factors.of(group, ctx.dtype))
+        ctx.save_for_backward(x.new_empty(()).expand(x.shape), h, W, bias, A, B, b, d)  # of x its shape and type
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        B, b, d = ctx.saved_tensors
-        inner = (grad * B).to(b.dtype)
-        return None, inner @ d, b @ inner
+    def backward(ctx, grad):
+        x, h, W, bias, A, B, b, d = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            group = _group(ctx, W, bias, A, B, b, d)
+            rows, g = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1])
+            factors, wanted = lowrank.Factors.of(group, ctx.dtype), (need[3], False, True, False)
+            grad_x, (found,) = lowrank.gradients(rows, group, factors, [g], [h], [None], need[0], [wanted])
+            inner = found.B.mul_(B)
+        grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
+        return grad_x, None, None, found.bias, None, None, inner @ d, b @ inner, None, None
+
+
+def _group(ctx, W, bias, A, B, b, d) -> list[lowrank.Branch]:
+    stored, dropout, seed = ctx.facts
+    return [lowrank.Branch(stored if W is None else W, bias, A, _scaled(B, b, d), 1.0, dropout, seed)]
