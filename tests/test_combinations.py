@@ -19,7 +19,7 @@ RECIPES = [
     "randlora+nf4",
     "lora+pissa+lora-ggpo",
     "galore+ba-lora",
-    "dora+sora+lora-ggpo",
+    "dora+eva+lora-ggpo",
     "mos+nf4",
 ]
 

@@ -16,10 +16,12 @@ EXAMPLES = {  # what a name alone does not say
     "x-lora": "x-lora(adapters=['a', 'b'])",
     "lora": "lora(alpha=8.0)",
     "lst": "lst(reduction=4)",
+    "lst-fisher": "lst(reduction=4)+lst-fisher",
 }
 MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
     "lst": ("llama", "gpt2", "bert", "vit"),
+    "lst-fisher": ("llama", "bert"),
 }
 
 

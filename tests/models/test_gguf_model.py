@@ -274,9 +274,7 @@ def test_a_sentencepiece_vocabulary_is_read(tmp_path):
 
 def test_another_task_gets_its_head_on_the_converted_trunk(tmp_path):
     model = tiny()
-    loaded, _ = load_model(
-        write(tmp_path / "m.gguf", model), dtype="fp32", task="classification", num_labels=3
-    )
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model), dtype="fp32", task="classification", num_labels=3)
     assert loaded.score.weight.shape == (3, 64) and loaded.config.pad_token_id == 2
     assert torch.equal(loaded.model.layers[0].self_attn.k_proj.weight, model.model.layers[0].self_attn.k_proj.weight)
 
