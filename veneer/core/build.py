@@ -10,7 +10,7 @@ from veneer.core.adapter import Adapter, Shared, root_of
 from veneer.core.delta import Delta, Written
 from veneer.core.hook import Hook, Init, Optim, Plan, Schedule
 from veneer.core.recipe import Part, Recipe
-from veneer.core.site import Site, find_sites, parameter_site, stored
+from veneer.core.site import Site, find_sites, inner_sites, parameter_site, stored
 from veneer.errors import UserError
 from veneer.fields import fields_of
 from veneer.models.fingerprint import digests
@@ -153,10 +153,11 @@ def _delta(adapter: Adapter, site: Site, overrides: dict[str, Any], pools: dict[
 def _shared(adapter: Adapter) -> dict[str, nn.Module]:
     """Build what the sites of one method share and register it at the root."""
     parts = [p for p in (adapter.recipe.part(a) for a in ("delta", "mixture", "side")) if p is not None]
-    found = {
-        p.method.name: p.method.cls.shared(adapter.model, adapter.sites, all_fields(p), adapter.seed) for p in parts
-    }
-    found = {n: pool for n, pool in found.items() if pool is not None}
+    found = {}
+    for p in parts:
+        sites = inner_sites(adapter.sites) if p.method.axis == "delta" else adapter.sites
+        pool = p.method.cls.shared(adapter.model, sites, all_fields(p), adapter.seed)
+        found |= {} if pool is None else {p.method.name: pool}
     if len(found) > 1:
         raise UserError(f"{' and '.join(found)} each share tensors between sites; a recipe holds one such method")
     for pool in found.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -60,14 +60,7 @@ def current() -> Context | None:
     return _current.get()
 
 
-def activate(context: Context | None) -> Token:
-    """Make ``context`` the current one until ``deactivate``."""
-    return _current.set(context)
-
-
-def deactivate(token: Token) -> None:
-    """Undo ``activate``."""
-    _current.reset(token)
+activate, deactivate = _current.set, _current.reset  # make a context the current one, and undo it
 
 
 @contextmanager

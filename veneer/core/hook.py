@@ -113,6 +113,7 @@ class Init(Hook):
     offset: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     starts_at_base: ClassVar[bool] = True
+    delta: Any  # the one being started
 
     def start(self, site: Site, slots: list[Any], evidence: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Tensors by role for one site; roles left out keep the delta's own start."""

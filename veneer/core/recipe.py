@@ -60,7 +60,9 @@ def parse(text: str | Recipe, **offered: Any) -> Recipe:
         if p.method.axis in ("merge", "protocol"):
             where = "veneer.merge" if p.method.axis == "merge" else "fit(protocol=…)"
             raise UserError(f"{p.method.name} is a {p.method.axis} method: give it to {where}, not to a recipe")
-    _offer_check(parts, offered)
+    for key, value in offered.items():
+        if value is not None and not any(key in fields_of(p.method.cls) for p in parts):
+            raise UserError(f"{key}={value} was given, but nothing in {_sum(parts)} has a field {key!r}")
     parts = [_with_offer(p, offered) for p in parts]
     recipe = Recipe(tuple(sorted(parts, key=lambda p: registry.AXES.index(p.method.axis))), tuple(notes))
     _check_wants(recipe)
@@ -148,12 +150,6 @@ def _one_per_axis(parts: list[Part]) -> list[str]:
     ranks = next((p.method.name for p in parts if p.method.axis == "ranks"), None)
     planning = [p.method.name for p in parts if p.method.axis == "init" and hasattr(p.method.cls, "plan")]
     return [f"{ranks} decides the ranks; {name} gives the start only" for name in planning if ranks is not None]
-
-
-def _offer_check(parts: list[Part], offered: dict[str, Any]) -> None:
-    for key, value in offered.items():
-        if value is not None and not any(key in fields_of(p.method.cls) for p in parts):
-            raise UserError(f"{key}={value} was given, but nothing in {_sum(parts)} has a field {key!r}")
 
 
 def _with_offer(part: Part, offered: dict[str, Any]) -> Part:

@@ -220,6 +220,11 @@ def module_site(model: nn.Module, path: str, parts: dict[str, nn.Module] | None 
     return site
 
 
+def inner_sites(sites: list[Site]) -> list[Site]:
+    """The sites, whole modules given by their inner layers."""
+    return [p for s in sites for p in (s.parts.values() if s.parts else [s])]
+
+
 def _kind(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Linear) or type_named(module, "Conv1D") or stored(module):
         return "linear"

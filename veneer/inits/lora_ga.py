@@ -63,7 +63,7 @@ class LoRAGA(Init):
         return 2 * form["rank"]
 
     def start(self, site: Site, slots: list[Any], evidence: Evidence, generator: torch.Generator) -> dict[str, Tensor]:
-        r, s = next(slot.shape[0] for slot in slots if slot.role == "factor_a"), self.adapter.deltas[site.path].scale
+        r, s = next(slot.shape[0] for slot in slots if slot.role == "factor_a"), self.delta.scale
         most = min(site.out_features, site.in_features)
         if r > most:
             raise UserError(f"lora-ga: rank={r} is more than the gradient at {site.path} has singular values, {most}")

@@ -42,7 +42,7 @@ class OLoRA(Init):
     def start(
         self, site: Site, slots: list[Any], evidence: Evidence | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        delta = self.adapter.deltas[site.path]
+        delta = self.delta
         if getattr(delta, "dropout", 0.0):
             raise UserError(f"olora with dropout={delta.dropout} would drop parts of W; leave dropout at 0")
         W, rank = site.weight().float(), next(s.shape[0] for s in slots if s.role == "factor_a")

@@ -52,7 +52,7 @@ class PiSSA(Init):
     def start(
         self, site: Site, slots: list[Any], evidence: Evidence | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        delta = self.adapter.deltas[site.path]
+        delta = self.delta
         if getattr(delta, "dropout", 0.0):
             raise UserError(f"pissa with dropout={delta.dropout} would drop principal parts of W; leave dropout at 0")
         W, rank = site.weight(), next(s.shape[0] for s in slots if s.role == "factor_a")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.models.fast_attention import additive, is_causal, rotary_attention
+from veneer.models.fast_attention import Turn, additive, is_causal, rotary_attention
 from veneer.models.fast_linear import Plain, branch_of, linear_group
 from veneer.models.fast_mlp import gated_mlp, swiglu
 from veneer.models.fast_norm import rms_norm
@@ -74,6 +74,7 @@ class _Forms:
         self.plain = plain
         self.known = {kind: form for kind, form in _FORMS.items() if kind not in leave}
         self.mask: tuple[Tensor, torch.dtype, Tensor | None] | None = None
+        self.turned: tuple[Tensor, Turn] | None = None
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
@@ -89,6 +90,12 @@ class _Forms:
         finally:
             for module in mine:
                 del module.__dict__["forward"]
+
+    def turn(self, cos: Tensor, sin: Tensor, heads: int) -> Turn:
+        """The rotation of this pass for so many heads; every layer gets the same, so it is made once."""
+        if self.turned is None or self.turned[0] is not cos or self.turned[1].cos.shape[-1] != heads * cos.shape[-1]:
+            self.turned = (cos, Turn.of(cos, sin, heads))
+        return self.turned[1]
 
     def added_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The mask of this pass to be added to scores, or None when it does not forbid the columns that come later.
@@ -171,7 +178,8 @@ def _attention(
     layers = (module.q_proj, module.k_proj, module.v_proj)
     branches = [branch_of(m, forms.plain, x.dtype) for m in layers]
     q, k, v = (m(x) for m in layers) if None in branches else linear_group(x, branches)
-    out = rotary_attention(q, k, v, *position_embeddings, mask, module.head_dim, module.scaling)
+    turn = forms.turn(*position_embeddings, q.shape[-1] // module.head_dim)
+    out = rotary_attention(q, k, v, turn, mask, module.head_dim, module.scaling)
     last = branch_of(module.o_proj, forms.plain, x.dtype)
     return (module.o_proj(out) if last is None else linear_group(out, [last])[0]), None
 

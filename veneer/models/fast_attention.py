@@ -8,6 +8,7 @@ the compute precision while the sequence is short, and formed again in backward 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +18,40 @@ KEPT = 512  # longest sequence whose probabilities are kept: (query heads × len
 BLOCK = 64  # fewest rows of a block; at most 8 blocks
 
 
+class Turn(NamedTuple):
+    """The rotary embedding of all heads, ``(batch or 1, time, heads · head_dim)`` each, for vectors as projected.
+
+    The rotated x is ``x ∘ cos + swap(x) ∘ sin``, where swap exchanges the halves of each head and ``sin`` carries the
+    sign; ``back`` is ``swap(sin)``, by which the gradient is turned back.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, heads: int) -> Turn:
+        """From the model's ``cos`` and ``sin (batch or 1, time, head_dim)``."""
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return cls(*(t.repeat(1, 1, heads) for t in (cos, signed, signed.roll(half, -1))))
+
+
 def rotary_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, head_dim: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor | None, head_dim: int, scale: float
 ) -> Tensor:
     """Softmax attention over rotated queries and keys.
 
     Args:
         q: ``(batch, time, heads · head_dim)``; k, v: ``(batch, time, key-value heads · head_dim)``, as projected.
-        cos, sin: ``(batch or 1, time, head_dim)``.
+        turn: the rotation, for at least as many heads as q has.
         mask: additive ``(batch or 1, 1, time, time)``, causal as well, or None for causal attention alone.
         scale: the factor on the scores.
 
     Returns:
         ``(batch, time, heads · head_dim)``.
     """
-    return _RotaryAttention.apply(q, k, v, cos, sin, mask, head_dim, scale)
+    return _RotaryAttention.apply(q, k, v, *turn, mask, head_dim, scale)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,27 +69,11 @@ def is_causal(mask: Tensor) -> bool:
     return not look.triu(1).any()
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x ∘ cos + rotate_half(x) ∘ sin``: x (batch, time, heads, head_dim), cos and sin broadcast to it."""
-    out = torch.empty_like(x)
-    (x1, x2), (c1, c2), (s1, s2), (o1, o2) = map(_halves, (x, cos, sin, out))
-    torch.mul(x1, c1, out=o1).addcmul_(x2, s1, value=-1)
-    torch.mul(x2, c2, out=o2).addcmul_(x1, s2)
-    return out
-
-
-def _rotate_back(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of `_rotate`'s ``x``."""
-    out = torch.empty_like(g)
-    (g1, g2), (c1, c2), (s1, s2), (o1, o2) = map(_halves, (g, cos, sin, out))
-    torch.mul(g1, c1, out=o1).addcmul_(g2, s2)
-    torch.mul(g2, c2, out=o2).addcmul_(g1, s1, value=-1)
-    return out
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """``x ∘ cos + swap(x) ∘ sin``: x (batch, time, heads · head_dim)."""
+    width = x.shape[-1]
+    swapped = x.view(*x.shape[:2], -1, head_dim).roll(head_dim // 2, -1).flatten(2)
+    return torch.mul(x, cos[..., :width]).addcmul_(swapped, sin[..., :width])
 
 
 def _by_group(x: Tensor, groups: int, head_dim: int) -> Tensor:
@@ -110,14 +114,13 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, sc
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, mask, head_dim, scale):
+    def forward(ctx, q, k, v, cos, sin, back, mask, head_dim, scale):
         batch, time, _ = q.shape
         groups = k.shape[-1] // head_dim
-        turn = (cos[:, :, None], sin[:, :, None])
-        q = _rotate(q.view(batch, time, -1, head_dim), *turn)
-        K = _by_group(_rotate(k.view(batch, time, -1, head_dim), *turn), groups, head_dim)
+        q = _rotated(q, cos, sin, head_dim)
+        K = _by_group(_rotated(k, cos, sin, head_dim), groups, head_dim)
         V = _by_group(v, groups, head_dim)
-        out = q.new_empty(batch, time, q.shape[2] * head_dim)
+        out = torch.empty_like(q)
         queries, kept = [], []
         for a, b in _blocks(time):
             Q = _by_group(q[:, a:b], groups, head_dim)
@@ -126,14 +129,14 @@ class _RotaryAttention(torch.autograd.Function):
             queries.append(Q)
             if time <= KEPT:
                 kept.append(P)
-        ctx.save_for_backward(K, V, cos, sin, mask, *queries, *kept)
+        ctx.save_for_backward(K, V, cos, back, mask, *queries, *kept)
         ctx.facts = groups, head_dim, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        K, V, cos, sin, mask, *kept = ctx.saved_tensors
+        K, V, cos, back, mask, *kept = ctx.saved_tensors
         groups, head_dim, scale = ctx.facts
         batch, time, _ = grad.shape
         blocks = _blocks(time)
@@ -150,7 +153,5 @@ class _RotaryAttention(torch.autograd.Function):
             dK[:, :b].baddbmm_(dS.transpose(1, 2), Q, alpha=scale)
         _by_time(dK, k)
         _by_time(dV, v)
-        turn = (cos[:, :, None], sin[:, :, None])
-        q = _rotate_back(q.view(batch, time, -1, head_dim), *turn)
-        k = _rotate_back(k.view(batch, time, -1, head_dim), *turn)
-        return q.flatten(2), k.flatten(2), v, None, None, None, None, None
+        q, k = _rotated(q, cos, back, head_dim), _rotated(k, cos, back, head_dim)
+        return q, k, v, None, None, None, None, None, None

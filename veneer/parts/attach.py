@@ -10,14 +10,14 @@ import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.core import build as core
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter
 from veneer.core.hook import Hook, Init, Schedule
 from veneer.core.recipe import Recipe
-from veneer.core.site import Select, Site, find_sites
+from veneer.core.site import Select, Site, find_sites, inner_sites
 from veneer.errors import UserError, nearest
 from veneer.models import architecture
 from veneer.models.fingerprint import base_fingerprint
@@ -71,7 +71,7 @@ def attach(
     evidence = _evidence(model, chosen, hooks, batches, form, seed)
     axis = "ranks" if parsed.part("ranks") else "init"  # beside a method that decides the ranks a start only starts
     planner = next((h for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
-    plan = planner.plan(chosen, evidence, form) if planner is not None else None
+    plan = planner.plan([s for s in chosen if s.kind != "module"], evidence, form) if planner is not None else None
     select = sites if isinstance(sites, str) else [s.path for s in chosen] if callable(sites) else list(sites)
     adapter = core.build(
         model, parsed, chosen, hooks, plan=plan or {}, tensors=tensors, name=name, seed=seed, base=base, select=select
@@ -113,8 +113,7 @@ def _evidence(
     needs = frozenset(n for h in asking for n in h.needs)
     components = max(h.components_wanted(form) for h in asking)
     labels_only = any(getattr(h, "labels_only", False) for h in asking)
-    inner = [p for s in sites for p in (s.parts.values() if s.kind == "module" else [s])]
-    return gather(model, inner, batches, needs, components=components, labels_only=labels_only, seed=seed)
+    return gather(model, inner_sites(sites), batches, needs, components=components, labels_only=labels_only, seed=seed)
 
 
 def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
@@ -137,16 +136,18 @@ def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
 
 def _start(adapter: Adapter, evidence: Evidence | None) -> None:
     init = next((h for h in adapter.hooks if isinstance(h, Init)), None)
+    starts: dict[str, dict[str, Tensor]] = {}  # experts of one layer start alike
     for delta in adapter.members() if init is not None else ():
-        slots = list(delta.slots())
-        made = chance.generator(init.seed, delta.seed, delta.site.path, init.name)
-        start = init.start(delta.site, slots, evidence, made)
-        extra = sorted(set(start) - {s.role for s in slots})
+        slots, path = list(delta.slots()), delta.site.path
+        if path not in starts:
+            init.delta = delta
+            starts[path] = init.start(delta.site, slots, evidence, chance.generator(init.seed, path, init.name))
+        extra = sorted(set(starts[path]) - {s.role for s in slots})
         if extra:
             has = ", ".join(s.role for s in slots) or "none"
             raise UserError(f"{init.name} starts {extra[0]}, which {delta.name} does not have (it has: {has})")
-        delta.fill(start)
-        if init.offset and start:
+        delta.fill({role: value.clone() for role, value in starts[path].items()})
+        if init.offset and starts[path]:
             delta.freeze_offset()
 
 
