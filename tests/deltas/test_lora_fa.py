@@ -97,3 +97,14 @@ def test_the_file_holds_b_alone_and_a_start_that_fills_a_is_kept(tmp_path):
 def test_a_correction_where_a_trains_is_refused():
     with pytest.raises(UserError, match="A trains at 0"):
         single(nn.Linear(6, 5), "lora+lora-fa-correction")
+
+
+def test_the_input_is_not_kept():
+    model, adapter, _ = single(nn.Linear(40, 30), "lora-fa", rank=2)
+    stirred(adapter)
+    x, kept = torch.randn(50, 40, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    own = {p.data_ptr() for p in model[0].parameters(recurse=False)}
+    assert sum(t.untyped_storage().nbytes() for t in kept if t.data_ptr() not in own) <= 4 * (50 * 2 + 2 * 70 + 1)

@@ -74,3 +74,12 @@ def test_the_file_holds_the_factors_or_finds_them_in_w_again(store, tmp_path):
 def test_too_large_a_core_is_refused():
     with pytest.raises(UserError, match="more than 0 has singular values, 7"):
         single(nn.Linear(9, 7), "lora-xs", rank=8)
+
+
+def test_the_input_is_not_kept():
+    model, adapter, _ = single(nn.Linear(9, 7), "lora-xs", rank=2)
+    stirred(adapter)
+    x, kept = torch.randn(50, 9, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
