@@ -115,7 +115,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, sc
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin, back, mask, head_dim, scale):
-        batch, time, _ = q.shape
+        time = q.shape[1]
         groups = k.shape[-1] // head_dim
         q = _rotated(q, cos, sin, head_dim)
         K = _by_group(_rotated(k, cos, sin, head_dim), groups, head_dim)
