@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import root_of
 from veneer.core.context import Context
 from veneer.models import architecture
+from veneer.parts.trunk import beside
 
 
 class Router(nn.Module):
@@ -33,22 +32,7 @@ def base_pass(ctx: Context) -> Tensor:
     known = inspect.signature(trunk.forward).parameters
     call = {k: v for k, v in kwargs.items() if k in known and k != "labels"}
     if call.get("past_key_values") is not None:
-        call["past_key_values"] = _twin(call["past_key_values"])
+        call["past_key_values"] = beside(call["past_key_values"], "the base's pass")
     with switch.without(*switch.names):
         out = trunk(*args, **call)
     return out if isinstance(out, Tensor) else out[0]
-
-
-def _twin(cache: Any) -> Any:
-    """The base's own cache beside the call's: it is reordered with it."""
-    twin = cache.__dict__.get("veneer_base")
-    if twin is None:
-        twin = cache.veneer_base = copy.deepcopy(cache)
-        reorder = cache.reorder_cache
-
-        def both(rows: Tensor) -> None:
-            reorder(rows)
-            twin.reorder_cache(rows)
-
-        cache.reorder_cache = both
-    return twin
