@@ -80,7 +80,7 @@ class LoftQ(Init):
                 )
             return {}
         B, A = self.found[site.path]
-        root = self.delta.scale ** 0.5
+        root = self.delta.scale**0.5
         return {"factor_a": A / root, "factor_b": B / root}
 
     def on_attach(self, adapter: Adapter) -> None:
