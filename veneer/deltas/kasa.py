@@ -50,7 +50,7 @@ class KaSA(Delta):
     layer, for good; here W stays, the dropped directions are a frozen pair that is subtracted, and disabling gives the
     base back. The dropped directions are taken as PEFT does, of the min(out, in) that there are: the official slice
     counts from ``in`` and drops nothing where out ≤ in − r. They are eigenvectors of the smaller Gram matrix in fp64,
-    several times faster than an SVD. As LoRA on W it is a pair of rank 2r, in which form it is exported.
+    which no small singular value divides. As LoRA on W it is a pair of rank 2r, in which form it is exported.
     """
 
     rank: Annotated[int, At(ge=1, doc="directions r, dropped and learned")] = 8
