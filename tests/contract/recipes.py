@@ -17,6 +17,7 @@ EXAMPLES = {  # what a name alone does not say
     "lora": "lora(alpha=8.0)",
     "lst": "lst(reduction=4)",
     "lst-fisher": "lst(reduction=4)+lst-fisher",
+    "miss-mini": "miss-mini(columns=2)",
 }
 MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
