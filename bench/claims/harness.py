@@ -151,6 +151,7 @@ class Trial:
         self.seconds += run.record["seconds"]
         return adapter
 
+    @torch.no_grad()
     def measures(self, further: Mapping[str, Callable[[Trial], float]]) -> dict[str, float]:
         """All measures of the trained model."""
         found = {"validation": self.task.validation(self.model, self.seed)}
@@ -176,7 +177,7 @@ def kept_bytes(trial: Trial) -> float:
 
     batch = trial.task.calibration(trial.seed)[0]
     trial.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = trial.model(**batch)
     trial.model.eval()
     del out
@@ -263,7 +264,7 @@ class Claim:
         finding, results = Finding(None, self.untestable), None
         if not self.untestable:
             assert self.rule is not None
-            results = self._results(_Ledger(scratch / f"{self.stem}.json", fresh))
+            results = self._results(_Ledger(scratch / f"{self.stem}.runs.json", fresh))
             finding = self.rule(results)
         verdict = {True: SHOWN, False: NOT_SHOWN, None: NOT_TESTABLE}[finding.holds]
         record = {"number": self.number, "name": self.name, "claim": self.claim, "verdict": verdict}

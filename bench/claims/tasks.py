@@ -78,7 +78,7 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What the JSON says of the task."""
-        return {"name": type(self).__name__, "words": self.words, **asdict(self)}
+        return json.loads(json.dumps({"name": type(self).__name__, "words": self.words, **asdict(self)}))
 
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the base."""
