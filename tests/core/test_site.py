@@ -87,3 +87,27 @@ def test_a_bias_that_a_layer_lacks_is_a_parameter_site_without_value():
 
 def test_the_model_itself_can_be_the_layer():
     assert [s.kind for s in find_sites(nn.Sequential(nn.Linear(3, 2)), "linear")] == ["linear"]
+
+
+class SamePadded(torch.nn.Conv2d):
+    """Pads in its own forward, as ports from TensorFlow do."""
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self._conv_forward(torch.nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_with_its_own_forward_runs_another_kernel_through_it(groups):
+    layer = SamePadded(4, 6, 3, stride=2, groups=groups)
+    (site,) = find_sites(torch.nn.Sequential(layer), "conv")
+    x, W = torch.randn(2, 4, 8, 8), torch.randn(6, 36 // groups)
+    padded = torch.nn.functional.pad(x, (0, 1, 0, 1))
+    expected = torch.nn.functional.conv2d(padded, W.view(6, 4 // groups, 3, 3), stride=2, groups=groups)
+    assert torch.equal(site.run(x, W), expected) and expected.shape == layer(x).shape
+    windows = torch.nn.functional.unfold(padded, 3, stride=2).transpose(1, 2).reshape(-1, 36)
+    torch.testing.assert_close(site.input_rows(x), windows)
+    if groups == 1:
+        torch.testing.assert_close(
+            site.lift(site.project(x, W[:2]), W[:, :2]), site.run(x, W[:, :2] @ W[:2]), atol=1e-4, rtol=1e-4
+        )

@@ -49,6 +49,10 @@ class Hook(Fields):
         """How many principal components or sketch dimensions the evidence keeps, given the form's fields."""
         return int(form.get("rank") or 16)
 
+    def trains(self, model: nn.Module) -> list[str]:
+        """Names of base tensors that this method trains as they are, beside its form."""
+        return []
+
     def on_attach(self, adapter: Adapter) -> None:
         """The deltas are built and hung."""
 
@@ -131,6 +135,9 @@ class Ranks(Hook):
 
     axis = "ranks"
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def survey(self, model: nn.Module, sites: list[Site], batches: list[Any]) -> None:
+        """Look at the model and the task's batches before ``plan``; the model must be left as it was."""
 
 
 class Optim(Hook):

@@ -71,7 +71,7 @@ def parse(text: str | Recipe, **offered: Any) -> Recipe:
 
 def _expand(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and keyword arguments of a sum, named sums written out."""
-    alone = registry.systems().get(text.strip())
+    alone = registry.systems().get(text.strip().lower())
     if alone is not None:
         return _expand(alone)
     out: list[tuple[str, dict[str, Any]]] = []

@@ -30,13 +30,15 @@ WORDS = {
 class PeftMap:
     """How a delta is written in a PEFT directory.
 
-    ``fields`` maps our field to the config's, ``keys`` our slot to the tensor's suffix, ``config`` holds constants.
+    ``fields`` maps our field to the config's, ``keys`` our slot to the tensor's suffix, ``config`` holds constants
+    (``...``: whatever, but not None). Without ``write`` the kind is read only, and written as plain LoRA.
     """
 
     type: str
     fields: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    write: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from veneer.errors import UserError, nearest
 from veneer.models import architecture
+from veneer.models.layers import CONVOLUTIONS, convolve, dimensions, patches
 
 Kind = Literal["linear", "conv", "embedding", "parameter", "module"]
 Select = str | Iterable[str] | Callable[["Site"], bool]
 
-_CONV = {nn.Conv1d: (F.conv1d, 1), nn.Conv2d: (F.conv2d, 2)}
 _storage: dict[type, Callable[[nn.Module], Tensor]] = {}
 
 
@@ -98,7 +98,7 @@ class Site:
             return y if b is None else y + b
         b = b if b is None else b.to(x.dtype)
         if self.kind == "conv":
-            return _convolve(m, x, W, b, m.groups)
+            return convolve(m, x, W, b, m.groups)
         return F.linear(x, W, b)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Site:
         if self.kind == "conv":
             if self.module.groups > 1:
                 raise UserError(f"{self.path} is a grouped convolution: its update has no factored form")
-            return _convolve(self.module, x, A, None, 1).movedim(-1 - _dims(self.module), -1)
+            return convolve(self.module, x, A, None, 1).movedim(-1 - dimensions(self.module), -1)
         return F.linear(x, A)
 
     def lift(self, h: Tensor, B: Tensor) -> Tensor:
@@ -116,18 +116,14 @@ class Site:
         y = F.linear(h, B)
         if self.kind == "embedding":
             return y * getattr(self.module, "embed_scale", 1.0)  # Gemma's
-        return y.movedim(-1, -1 - _dims(self.module)) if self.kind == "conv" else y
+        return y.movedim(-1, -1 - dimensions(self.module)) if self.kind == "conv" else y
 
     def input_rows(self, x: Tensor) -> Tensor:
         """The layer's input as rows (positions, in): the weight's gradient is ``output_rows(g)ᵀ · input_rows(x)``."""
         if self.kind == "embedding":
             return F.one_hot(x.reshape(-1), self.in_features).float()
         if self.kind == "conv":
-            m = self.module
-            flat = (m.kernel_size, m.dilation, m.padding, m.stride)
-            if _dims(m) == 1:
-                x, flat = x[:, :, None], tuple((f, *v) for f, v in zip((1, 1, 0, 1), flat))
-            return F.unfold(x.float(), *flat).transpose(1, 2).reshape(-1, self.in_features * m.groups)
+            return patches(self.module, x)
         return x.reshape(-1, x.shape[-1])
 
     def output_rows(self, y: Tensor) -> Tensor:
@@ -139,19 +135,6 @@ class Site:
     def factored(self) -> bool:
         """Whether project and lift apply here (not at a grouped convolution)."""
         return not (self.kind == "conv" and self.module.groups > 1)
-
-
-def _dims(module: nn.Module) -> int:
-    return next(d for t, (_, d) in _CONV.items() if isinstance(module, t))
-
-
-def _convolve(m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
-    conv, _ = next(v for t, v in _CONV.items() if isinstance(m, t))
-    kernel = W.reshape(W.shape[0], -1, *m.kernel_size)
-    if m.padding_mode != "zeros":
-        x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
-        return conv(x, kernel, b, m.stride, 0, m.dilation, groups)
-    return conv(x, kernel, b, m.stride, m.padding, m.dilation, groups)
 
 
 def type_named(module: nn.Module, name: str) -> bool:
@@ -228,7 +211,7 @@ def inner_sites(sites: list[Site]) -> list[Site]:
 def _kind(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Linear) or type_named(module, "Conv1D") or stored(module):
         return "linear"
-    if isinstance(module, tuple(_CONV)):
+    if isinstance(module, CONVOLUTIONS):
         return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else None
 

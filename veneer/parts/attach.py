@@ -7,6 +7,7 @@ settle; on_attach.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from veneer.core import build as core
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter
-from veneer.core.hook import Hook, Init, Schedule
+from veneer.core.hook import Hook, Init, Ranks, Schedule
 from veneer.core.recipe import Recipe
 from veneer.core.site import Select, Site, find_sites, inner_sites
 from veneer.errors import UserError, nearest
@@ -65,10 +66,13 @@ def attach(
     chosen = core.places(model, parsed, find_sites(model, sites))
     hooks = core.make_hooks(parsed, seed)
     batches = _calibration(hooks, calibration)
-    tensors = trained_tensors(model, train)
+    tensors = trained_tensors(model, [train] if isinstance(train, str) else train, *(h.trains(model) for h in hooks))
     base = base_fingerprint(model, without=tensors)
     form = core.all_fields(parsed.part("delta")) if parsed.part("delta") else {}
     evidence = _evidence(model, chosen, hooks, batches, form, seed)
+    for h in hooks:
+        if _surveys(h):
+            h.survey(model, chosen, batches)
     axis = "ranks" if parsed.part("ranks") else "init"  # beside a method that decides the ranks a start only starts
     planner = next((h for h in hooks if h.axis == axis and hasattr(h, "plan")), None)
     plan = planner.plan([s for s in chosen if s.kind != "module"], evidence, form) if planner is not None else None
@@ -97,8 +101,12 @@ def _settles(hook: Hook) -> bool:
     return isinstance(hook, Init) and type(hook).settle is not Init.settle
 
 
+def _surveys(hook: Hook) -> bool:
+    return isinstance(hook, Ranks) and type(hook).survey is not Ranks.survey
+
+
 def _calibration(hooks: list[Hook], batches: Iterable[Any] | None) -> list[Any]:
-    wants = [h.name for h in hooks if getattr(h, "needs", None) or _settles(h)]
+    wants = [h.name for h in hooks if getattr(h, "needs", None) or _settles(h) or _surveys(h)]
     if wants and batches is None:
         raise UserError(f"{wants[0]} looks at data before it starts: give attach calibration=<a few batches>")
     return list(batches) if wants else []
@@ -116,11 +124,11 @@ def _evidence(
     return gather(model, inner_sites(sites), batches, needs, components=components, labels_only=labels_only, seed=seed)
 
 
-def trained_tensors(model: nn.Module, train: str | Iterable[str]) -> list[str]:
+def trained_tensors(model: nn.Module, *train: Iterable[str]) -> list[str]:
     """The names of base tensors that train as they are: those that ``train`` names and a new task head's."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".veneer." not in f".{n}"]
     chosen: list[str] = []
-    for pattern in [train] if isinstance(train, str) else train:
+    for pattern in itertools.chain(*train):
         hits = [n for n in names if fnmatch.fnmatch(n, pattern) or f".{pattern}." in f".{n}."]
         if not hits:
             raise UserError(f"train={pattern!r} matches no tensor of the model{nearest(pattern, names)}")
