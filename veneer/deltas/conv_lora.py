@@ -46,6 +46,7 @@ class ConvLoRA(Delta):
     form: Annotated[Literal["loralib", "two_conv"], At(doc="how the factors make the kernel")] = "loralib"
 
     layers = ("conv",)
+    usual_sites = "conv"
     reasons = {"layers": "the form is a view of a kernel; at a 1×1 kernel or a linear layer it is lora"}
 
     def slots(self) -> Iterable[Slot]:
