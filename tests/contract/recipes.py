@@ -18,6 +18,9 @@ EXAMPLES = {  # what a name alone does not say
     "lst": "lst(reduction=4)",
     "lst-fisher": "lst(reduction=4)+lst-fisher",
     "miss-mini": "miss-mini(columns=2)",
+    "colora": "colora(points=2, steps=2)",
+    "s2ft": "s2ft(v=0.5, o=0.25, u=0.1, d=0.1)",
+    "s2-lora-ranks": "s2-lora(shrink=1.5, normalise=True)",
 }
 MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
