@@ -29,10 +29,12 @@ finished run is kept in the system's temporary folder, so that a killed claim go
 its task, contestant, rate, seed and measures: after a change to the method's own code give ``--fresh``.
 
 **Contestants**, by label: a recipe (text); ``With(recipe, **options of veneer.attach)``; or a function of a `Trial`
-that trains ``trial.model`` in place by itself. ``With`` also takes ``task=`` (another task than the claim's), ``fit=``
-(settings over the task's, as ``{"epochs": 20}``), ``rates=`` (another sweep: only with a reason, say it in ``note``)
-and ``calibrate=True`` (recipes that need calibration batches: it is also tried when attach asks for them).
-A contestant that trains nothing takes ``rates=(0,)`` and ``function=nothing``.
+that trains ``trial.model`` in place by itself, with ``trial.fit(trial.attach(recipe, …))`` where that helps (several
+adapters, stages, other data: ``fit`` takes ``task=``, ``lr=`` and settings of ``veneer.fit``). ``With`` also takes
+``task=`` (another task than the claim's), ``fit=`` (settings over the task's, as ``{"epochs": 20}``), ``rates=``
+(another sweep: only with a reason, say it in ``note``), ``calibrate=True`` (calibration batches; recipes that declare
+their need get them anyway) and ``function=``. A contestant that trains nothing is
+``With(function=nothing, rates=(0,))``.
 
 **Training** is ``veneer.fit`` with every hook, phase and plan, from the base and in the order of batches of the seed:
 runs of one seed differ in the contestant and its rate alone. Every contestant gets the whole sweep on every seed (with
@@ -133,23 +135,28 @@ class Trial:
             self.contestant.function(self)
             self.seconds = self.seconds or time.perf_counter() - began
         else:
-            self.adapter = self.fit(self.contestant.recipe, **self.contestant.attach)
+            self.fit(self.attach(self.contestant.recipe, **self.contestant.attach))
 
-    def fit(self, recipe: str, *, task: Task | None = None, lr: float | None = None, **attach: Any) -> Any:
-        """Attach ``recipe`` to ``model`` and train it with ``veneer.fit``; gives the adapter. For functions too."""
+    def attach(self, recipe: str, *, task: Task | None = None, **options: Any) -> Any:
+        """Attach ``recipe`` to ``model`` with this seed, and with calibration batches where it asks for them."""
         import veneer
 
-        task, own = task or self.task, self.contestant
-        options = {"seed": self.seed} | attach
-        if own.calibrate or "calibration" in options or _asks(recipe):
-            options["calibration"] = task.calibration(self.seed)
-        adapter = veneer.attach(self.model, recipe, **options)
-        settings = task.fit | {"seed": self.seed} | own.fit
-        run = veneer.fit(adapter, task.data(self.seed), lr=lr or self.lr, display=False, **settings)
-        self.adapter = adapter
+        if self.contestant.calibrate or _asks(recipe):
+            options["calibration"] = (task or self.task).calibration(self.seed)
+        self.adapter = veneer.attach(self.model, recipe, **{"seed": self.seed} | options)
+        return self.adapter
+
+    def fit(self, adapter: Any, *, task: Task | None = None, lr: float | None = None, **settings: Any) -> Any:
+        """Train an adapter with ``veneer.fit`` (a recipe is attached first), as the task says; gives the adapter."""
+        import veneer
+
+        task = task or self.task
+        self.adapter = self.attach(adapter, task=task) if isinstance(adapter, str) else adapter
+        settings = task.fit | {"seed": self.seed} | self.contestant.fit | settings
+        run = veneer.fit(self.adapter, task.data(self.seed), lr=lr or self.lr, display=False, **settings)
         self.losses += run.losses
         self.seconds += run.record["seconds"]
-        return adapter
+        return self.adapter
 
     @torch.no_grad()
     def measures(self, further: Mapping[str, Callable[[Trial], float]]) -> dict[str, float]:
@@ -297,8 +304,13 @@ class Claim:
         for number, (label, rate, seed) in enumerate(plan, done + 1):
             task = entrants[label].task or self.task
             assert task is not None
-            facts = {"task": task.settings(), "contestant": entrants[label].description(), "lr": rate, "seed": seed}
-            facts |= {"fit": task.fit, "measures": {name: _source(m) for name, m in self.measures.items()}}
+            facts = {"task": task.settings(), "label": label, "contestant": entrants[label].description()}
+            facts |= {
+                "lr": rate,
+                "seed": seed,
+                "fit": task.fit,
+                "measures": {name: _source(m) for name, m in self.measures.items()},
+            }
             run = ledger.get(facts)
             known = run is not None
             if run is None:

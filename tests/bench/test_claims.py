@@ -176,7 +176,7 @@ def test_a_rule_on_a_measure_that_no_run_has_says_so():
 
 def test_a_function_trains_by_itself_and_a_measure_looks_at_the_model(tmp_path):
     def head(trial: Trial) -> None:
-        trial.fit("full", sites="layers.1")
+        trial.fit(trial.attach("full", sites="layers.1"))
 
     record = claim(
         contestants={"head": head, "base": With(function=nothing, rates=(0,))},

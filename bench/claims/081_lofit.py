@@ -1,0 +1,43 @@
+"""LoFiT (arXiv:2406.01563): offsets on a few attention heads, chosen by first scaling all of them."""
+
+import random
+from collections.abc import Callable
+
+from bench.claims.harness import Claim, Trial, With
+from bench.claims.texts import Words
+from bench.claims.verdicts import below, every
+
+HEADS = 4  # of sixteen
+
+
+def by(order: Callable[[list, int], list]) -> Callable[[Trial], None]:
+    """LoFiT with the heads in another order of merit."""
+
+    def train(trial: Trial) -> None:
+        adapter = trial.attach(f"lofit+lofit-selection(keep={HEADS})")
+        (selection,) = adapter.hooks
+        ranked = selection.scores
+        selection.scores = lambda: order(ranked(), trial.seed)
+        trial.fit(adapter)
+
+    return train
+
+
+CLAIM = Claim(
+    number=81,
+    name="lofit",
+    claim="Offsets on the attention heads whose scales grew most adapt a model better than on random heads.",
+    task=Words(layers=4, steps=400),
+    contestants={
+        "chosen heads": f"lofit+lofit-selection(keep={HEADS})",
+        "random heads": With(function=by(lambda found, seed: random.Random(seed).sample(found, len(found)))),
+        "lowest heads": With(function=by(lambda found, seed: found[::-1])),
+        "lora": With("lora(rank=1)"),
+    },
+    rates=(1e-2, 3e-2, 1e-1),
+    seeds=3,
+    rule=every(below("chosen heads", "random heads"), below("chosen heads", "lowest heads")),
+)
+
+if __name__ == "__main__":
+    CLAIM.main()

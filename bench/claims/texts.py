@@ -1,0 +1,325 @@
+"""Language models as tasks: tiny Llamas pretrained in seconds, and SmolLM2-135M on rows from a file.
+
+``Letters()``: a two-layer Llama that copies strings of letters and knows the alphabet's next letter is adapted to a
+third map (``reverse``, ``sort``, ``swap``: neighbours trade places). ``Words()``: one that spells English words is
+adapted to pronounce them (CMU dictionary), or trained from scratch to spell. ``E2E()``: SmolLM2-135M-Instruct on the
+prompts and completions of the file that ``--data`` names. All are scored by loss, nats per labelled token.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.claims.tasks import Batches, Task, descend, pretrained
+from bench.harness import ROOT
+from veneer.errors import UserError, nearest
+
+IGNORED = -100
+
+
+def llama(vocabulary: int, width: int, layers: int, seed: int) -> nn.Module:
+    """A Llama with four heads of random weights; head and embedding are apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config).eval()
+
+
+def columns(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """``input_ids``, ``labels`` (answers alone), ``attention_mask``, each (n, T), padded on the right with 0."""
+    rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), IGNORED)
+    mask = torch.zeros_like(ids)
+    for k, (prompt, row) in enumerate(zip(prompts, rows)):
+        ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
+        labels[k, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+    found = {"input_ids": ids, "labels": labels}
+    return found if bool(mask.all()) else found | {"attention_mask": mask}
+
+
+@torch.no_grad()
+def judged(model: nn.Module, batches: Any) -> dict[str, float]:
+    """``loss``, nats a labelled token, and ``accuracy``, the share of those tokens that come first."""
+    was, total, right, count = model.training, 0.0, 0.0, 0
+    model.eval()
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logits, targets = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+        logits, targets = logits[targets != IGNORED].float(), targets[targets != IGNORED]
+        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        right, count = right + int((logits.argmax(-1) == targets).sum()), count + len(targets)
+    model.train(was)
+    return {"loss": total / count, "accuracy": right / count}
+
+
+class Sequences(Task):
+    """Prompts and answers of small numbers for a tiny Llama; derived classes give rows and the base's facts.
+
+    Scores: ``test`` (loss), ``test_accuracy`` of answer tokens, ``kept`` (loss on the base's own task).
+    """
+
+    higher = False
+    width: int
+    layers: int
+    steps: int
+    batch: int
+    pretrained: bool
+    fit_settings: tuple[tuple[str, Any], ...]
+    vocabulary: int
+    base_steps: int
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """AdamW without decay, warm-up, linear fall of the rate."""
+        return {"task": "causal", "steps": self.steps, "batch_size": self.batch, "precision": "fp32"} | dict(
+            self.fit_settings
+        )
+
+    def rows(self, part: str, seed: int, old: bool = False) -> dict[str, Tensor]:
+        """Columns of ``"train"``, ``"validation"``, ``"test"`` or ``"base"``; ``old``: of the base's own task."""
+        raise NotImplementedError
+
+    def model(self, seed: int) -> nn.Module:
+        """A copy of the base of this seed."""
+        return copy.deepcopy(_base(self, seed))
+
+    def data(self, seed: int) -> Batches:
+        """Shuffled batches of the training rows."""
+        return Batches(self.rows("train", seed), self.batch, seed)
+
+    def calibration(self, seed: int) -> list[Any]:
+        """The first epoch's first four batches."""
+        return [batch for batch, _ in zip(self.data(seed), range(4))]
+
+    def validation(self, model: nn.Module, seed: int) -> float:
+        """Loss on rows that neither train nor test."""
+        return judged(model, Batches(self.rows("validation", seed), 256, shuffle=False))["loss"]
+
+    def scores(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """On the test rows of the new task and of the base's."""
+        new = judged(model, Batches(self.rows("test", seed), 256, shuffle=False))
+        found = {"test": new["loss"], "test_accuracy": new["accuracy"]}
+        if self.pretrained:
+            found["kept"] = judged(model, Batches(self.rows("test", seed, old=True), 256, shuffle=False))["loss"]
+        return found
+
+
+@cache
+def _base(task: Sequences, seed: int) -> nn.Module:
+    def make() -> nn.Module:
+        return llama(task.vocabulary, task.width, task.layers, seed)
+
+    def train(model: nn.Module) -> None:
+        rows = task.rows("base", seed, old=True)
+        descend(model, Batches(rows, 64, seed), -(-task.base_steps * 64 // len(rows["input_ids"])), lr=3e-3)
+
+    facts = {"llama": type(task).__name__, "width": task.width, "layers": task.layers, "steps": task.base_steps}
+    return pretrained(facts | {"seed": seed, "version": 1}, make, train) if task.pretrained else make()
+
+
+LETTERS, LENGTH = 12, 6
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "copy": lambda w: w,
+    "next": lambda w: (w + 1) % LETTERS,
+    "reverse": lambda w: w.flip(1),
+    "sort": lambda w: w.sort(dim=1).values,
+    "swap": lambda w: w.reshape(-1, LENGTH // 2, 2).flip(2).reshape(-1, LENGTH),
+}
+SIZES = {"base": 12800, "validation": 512, "test": 1024}
+
+
+@dataclass(frozen=True)
+class Letters(Sequences):
+    """``<map> w₁ … w₆ <is> f(w)₁ … f(w)₆`` over twelve letters; the base knows copy and next; see the module's text."""
+
+    change: str = "reverse"
+    shots: int = 512
+    steps: int = 200
+    batch: int = 32
+    width: int = 64
+    layers: int = 2
+    pretrained: bool = True
+    fit_settings: tuple[tuple[str, Any], ...] = ()
+
+    vocabulary = LETTERS + len(MAPS) + 1
+    base_steps = 600
+
+    def __post_init__(self) -> None:
+        if self.change not in MAPS:
+            raise UserError(f"Letters knows no {self.change!r}; it knows {', '.join(MAPS)}{nearest(self.change, MAPS)}")
+
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        return f"letters, copy and next → {self.change}, Llama {self.width}×{self.layers}, {self.shots} rows, loss"
+
+    def rows(self, part: str, seed: int, old: bool = False) -> dict[str, Tensor]:
+        """Random strings; the parts draw from generators of their own (of 12⁶ strings, so few meet)."""
+        count = self.shots if part == "train" else SIZES[part]
+        made = torch.Generator().manual_seed(10 * seed + ["train", "validation", "test", "base"].index(part))
+        w = torch.randint(LETTERS, (count, LENGTH), generator=made)
+        maps, answers = torch.zeros(count, dtype=torch.long), w.clone()
+        names = ("copy", "next") if old else (self.change,)
+        for k, name in enumerate(names):
+            maps[k :: len(names)], answers[k :: len(names)] = list(MAPS).index(name), MAPS[name](w[k :: len(names)])
+        prompts = torch.cat([LETTERS + maps[:, None], w, torch.full((count, 1), self.vocabulary - 1)], dim=1)
+        return columns(prompts.tolist(), answers.tolist())
+
+
+@dataclass(frozen=True)
+class Words(Sequences):
+    """English words: the base spells them letter by letter; the new task is to pronounce them, phoneme by phoneme.
+
+    With ``pretrained=False`` the task is the spelling itself, from scratch: a small language model to pretrain.
+    """
+
+    shots: int = 4096
+    steps: int = 300
+    batch: int = 32
+    width: int = 64
+    layers: int = 2
+    pretrained: bool = True
+    fit_settings: tuple[tuple[str, Any], ...] = ()
+
+    vocabulary = 1 + 26 + 2 + 39  # padding, letters, two marks, phonemes
+    base_steps = 1000
+
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        what = "English words, spelling → pronunciation" if self.pretrained else "spelling English words from scratch"
+        return f"{what}, Llama {self.width}×{self.layers}, {self.shots} rows, loss"
+
+    def rows(self, part: str, seed: int, old: bool = False) -> dict[str, Tensor]:
+        """Words of the dictionary, each part its own."""
+        spelled = _numbered()
+        order = torch.randperm(len(spelled), generator=torch.Generator().manual_seed(seed)).tolist()
+        ends = {"test": (0, 1024), "validation": (1024, 1536), "base": (1536, 14336), "train": (14336, None)}
+        start, end = ends[part]
+        chosen = [spelled[k] for k in order[start : start + self.shots if end is None else end]]
+        if old or not self.pretrained:
+            return columns([[27] for _ in chosen], [[*letters, 28] for letters, _ in chosen])
+        return columns([[27, *letters, 28] for letters, _ in chosen], [[*phonemes, 28] for _, phonemes in chosen])
+
+
+@cache
+def _numbered() -> list[tuple[list[int], list[int]]]:
+    """(letters, phonemes) of every word of three to twelve letters, as numbers."""
+    from veneer.demo.words import dictionary
+
+    found = [word for word in dictionary() if 3 <= len(word.spelling) <= 12]
+    phonemes = {p: 29 + k for k, p in enumerate(sorted({p for word in found for p in word.phonemes}))}
+    return [([ord(c) - 96 for c in word.spelling], [phonemes[p] for p in word.phonemes]) for word in found]
+
+
+@dataclass(frozen=True)
+class E2E(Task):
+    """SmolLM2-135M-Instruct learns to put restaurants' facts into sentences; the file comes by ``--data``.
+
+    Prompts of the validation and test rows are in no training row. ``steps`` of ``batch`` rows; ``attention_only``
+    narrows nothing: choose sites with the contestant. Scores: ``test`` (loss on completions), ``kept`` (loss on the
+    Apache licence). A step takes 1 to 3 seconds on one core: sweep on one seed (``sweep_seeds=1``) and few rates.
+    """
+
+    steps: int = 20
+    batch: int = 8
+    test_rows: int = 48
+    max_length: int = 96
+    fit_settings: tuple[tuple[str, Any], ...] = ()
+
+    higher = False
+
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        return f"SmolLM2-135M on E2E, {self.steps} steps of {self.batch} rows, loss"
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """AdamW without decay, warm-up, linear fall of the rate."""
+        return {"task": "causal", "steps": self.steps, "batch_size": self.batch} | dict(self.fit_settings)
+
+    def model(self, seed: int) -> nn.Module:
+        """The packaged model, loaded anew."""
+        import veneer
+
+        return veneer.load_model("smollm2-135m")[0]
+
+    def rows(self, part: str, seed: int) -> list[dict[str, str]]:
+        """Rows of a part; the split by prompts is the seed's."""
+        path = os.environ.get("VENEER_CLAIM_DATA")
+        if not path:
+            raise UserError("this claim trains on a file of prompts and completions: give --data FILE.jsonl")
+        found = _file(path)
+        prompts = sorted({row["prompt"] for row in found})
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = len(prompts) // 5
+        parts = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
+        chosen = {prompts[k] for k in parts[part]}
+        rows = [row for row in found if row["prompt"] in chosen]
+        if part == "train":
+            return rows
+        return [rows[k * len(rows) // self.test_rows] for k in range(self.test_rows)]
+
+    def _encoded(self, rows: list[dict[str, str]]) -> Any:
+        from veneer.data import prepare
+
+        return prepare(rows, _tokenizer(), "causal", self.max_length)
+
+    def data(self, seed: int) -> Any:
+        """Encoded rows; ``fit`` orders them by the seed."""
+        return self._encoded(self.rows("train", seed))
+
+    def calibration(self, seed: int) -> list[Any]:
+        """Four batches of four rows that train."""
+        data = self._encoded(self.rows("train", seed)[::97][:16])
+        return [data.batch(range(k, k + 4)) for k in range(0, len(data), 4)]
+
+    def _judged(self, model: nn.Module, rows: list[dict[str, str]]) -> float:
+        data = self._encoded(rows)
+        return judged(model, [data.batch(range(k, min(k + 8, len(data)))) for k in range(0, len(data), 8)])["loss"]
+
+    def validation(self, model: nn.Module, seed: int) -> float:
+        """Loss on completions of other prompts."""
+        return self._judged(model, self.rows("validation", seed))
+
+    def scores(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """On the test prompts, and on the licence."""
+        text = (ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n")
+        kept = [{"prompt": "", "completion": part} for part in text if len(part) > 200][:12]
+        return {"test": self._judged(model, self.rows("test", seed)), "kept": self._judged(model, kept)}
+
+
+@cache
+def _file(path: str) -> list[dict[str, str]]:
+    from veneer.data.read import read_rows
+
+    return list(read_rows(Path(path)))
+
+
+@cache
+def _tokenizer() -> Any:
+    import veneer
+
+    return veneer.load_model("smollm2-135m")[1]
