@@ -43,6 +43,15 @@ class Pair(NamedTuple):
     scale: float
 
 
+class Fused(NamedTuple):
+    """What the fused product runs at a layer: a pair, and a factor (out,) on the rows of ``W + scale · B A``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    gain: Tensor | None = None
+
+
 class LoRAForm(NamedTuple):
     """A change as plain LoRA on W: ΔW = scale · B A, and the change of the bias (out,) or None."""
 
@@ -243,20 +252,30 @@ class Delta(Fields, nn.Module):
         mask = keep_mask(self.draw_seed(), (x[..., 0].numel(), x.shape[-1]), p, x.dtype, x.device)
         return x * mask.view(x.shape).div_(1 - p)
 
+    def fused(self, base: Base) -> Fused | None:
+        """What the fused product runs here, an offset beneath stacked in; None where this delta is more than that."""
+        if self.site.kind != "linear" or not base.fusable or not self.is_plain():
+            return None
+        if not base.links:
+            return Fused(*self.pair())
+        stackable = not self.active_dropout() and self.product is type(self).default_product
+        return Fused(*self.stacked()) if base.links == (self.offset,) and stackable else None
+
+    def stacked(self) -> Pair:
+        """The pair with the offset beneath it as one pair."""
+        (A, B, s), (A0, B0, s0) = self.pair(), self.offset.pair()
+        return Pair(torch.cat([A, A0]), torch.cat([B, B0 * (s0 / s)], dim=1), s)
+
     def run(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
         if self.site.kind != "linear" or not self.is_plain():
             return self.forward(x, base, *args, **kwargs)
         p = self.active_dropout()
         seed = self.draw_seed() if p else None
-        A, B, scale = self.pair()
-        if not base.fusable or base.links:
-            offset = base.fusable and base.links == (self.offset,)
-            if p or not offset or self.product is not type(self).default_product:
-                return base(x) + self.product(x, None, None, A, B, scale, dropout=p, seed=seed)
-            A0, B0, s0 = self.offset.pair()
-            A, B = torch.cat([A, A0]), torch.cat([B, B0 * (s0 / scale)], dim=1)
-        return self.product(x, base.source(), base.own_bias(), A, B, scale, dropout=p, seed=seed)
+        fused = self.fused(base)
+        if fused is None:
+            return base(x) + self.product(x, None, None, *self.pair(), dropout=p, seed=seed)
+        return self.product(x, base.source(), base.own_bias(), *fused[:3], dropout=p, seed=seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
         """Move the tensors; small ones (vectors, gates, indices) keep their type."""

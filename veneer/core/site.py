@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.errors import UserError, nearest
 from veneer.models import architecture
-from veneer.models.layers import CONVOLUTIONS, convolve, dimensions, patches
+from veneer.models.layers import CONVOLUTIONS, convolve, dimensions, patches, shape, type_named
 
 Kind = Literal["linear", "conv", "embedding", "parameter", "module"]
 Select = str | Iterable[str] | Callable[["Site"], bool]
@@ -137,11 +137,6 @@ class Site:
         return not (self.kind == "conv" and self.module.groups > 1)
 
 
-def type_named(module: nn.Module, name: str) -> bool:
-    """Whether a class of that name is among the module's classes (for layers of packages not imported here)."""
-    return any(c.__name__ == name for c in type(module).__mro__)
-
-
 WORDS: dict[str, Callable[[Site], bool]] = {
     "linear": lambda s: s.kind == "linear" and s.role != "head",
     "attention": lambda s: s.role in ("q", "k", "v", "o"),
@@ -181,7 +176,7 @@ def site_at(model: nn.Module, path: str, module: nn.Module | None = None, kind: 
     module = model.get_submodule(path) if module is None else module
     kind = kind or _kind(module) or "module"
     role = architecture.role(path, module, model)
-    out, inn = _shape(module) if kind in ("linear", "conv", "embedding") else (0, 0)
+    out, inn = shape(module) if kind in ("linear", "conv", "embedding") else (0, 0)
     return Site(
         path, module, kind, out, inn, architecture.block_index(path), role, heads=architecture.heads(model, role)
     )
@@ -214,16 +209,6 @@ def _kind(module: nn.Module) -> Kind | None:
     if isinstance(module, CONVOLUTIONS):
         return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else None
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    if type_named(module, "Conv1D"):
-        return module.weight.shape[1], module.weight.shape[0]
-    return module.weight.shape[0], module.weight[0].numel()
 
 
 def find_sites(model: nn.Module, select: Select = "linear") -> list[Site]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapted import Base
-from veneer.core.delta import Delta, LoRAForm, Pair, Slot
+from veneer.core.delta import Delta, Fused, LoRAForm, Pair, Slot
 from veneer.core.registry import PeftMap, method
 from veneer.fields import At
 from veneer.numerics.chance import kaiming_uniform
@@ -71,12 +71,19 @@ class DoRA(Delta):
         """The pair inside the norm."""
         return Pair(self.gated(self.A), self.B, self.scale)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def fused(self, base: Base) -> Fused | None:
         own = base.links in ((), (self.offset,))
-        A, B, s = self._stacked() if base.links and own else self.pair()
-        gain = self.m / self._norms(base, A, B, s, own).clamp_min(torch.finfo(torch.float32).tiny)
-        if own and base.fusable and not self.active_dropout():
-            return self.product(x, base.source(), base.own_bias(), A, B, s, gain=gain)
+        if not own or not base.fusable or self.active_dropout():
+            return None
+        pair = self.stacked() if base.links else self.pair()
+        return Fused(*pair, gain=self._gain(base, *pair, own))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        fused = self.fused(base)
+        if fused is not None:
+            return self.product(x, base.source(), base.own_bias(), *fused[:3], gain=fused.gain)
+        own = base.links in ((), (self.offset,))
+        gain = self._gain(base, *(self.stacked() if base.links and own else self.pair()), own)
         y, kept = base(x), self.drop(x)
         b = base.own_bias() if own else base.bias()
         z = y if kept is x else base(kept)
@@ -103,6 +110,10 @@ class DoRA(Delta):
         gates = 0 if self.gate is None else self.rank
         return self.rank * (self.site.in_features + self.site.out_features) + self.site.out_features + gates
 
+    def _gain(self, base: Base, A: Tensor, B: Tensor, s: float, own: bool) -> Tensor:
+        """m/n (out,) in fp32."""
+        return self.m / self._norms(base, A, B, s, own).clamp_min(torch.finfo(torch.float32).tiny)
+
     @torch.no_grad()
     def _norms(self, base: Base, A: Tensor, B: Tensor, s: float, own: bool) -> Tensor:
         """n (out,) in fp32. The part that W alone decides is kept while W is the same tensor, unwritten."""
@@ -114,11 +125,6 @@ class DoRA(Delta):
         if self._squares is None or self._squares[0] != state:
             self._squares = (state, row_squares(W))
         return row_norms(self._squares[1], W, A, B, s)
-
-    def _stacked(self) -> Pair:
-        """The pair with the offset beneath it as one pair."""
-        (A, B, s), (A0, B0, s0) = self.pair(), self.offset.pair()
-        return Pair(torch.cat([A, A0]), torch.cat([B, B0 * (s0 / s)], dim=1), s)
 
     def _rows(self, v: Tensor) -> Tensor:
         """A vector (out,) that broadcasts over the layer's output."""

@@ -1,4 +1,4 @@
-"""Convolutions as linear maps: another kernel run in the place of their own, and their input as rows."""
+"""Layers of the known kinds as linear maps; convolutions with another kernel in the place of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from torch import Tensor, nn
 
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 CONVOLUTIONS = tuple(_CONVOLVE)
+
+
+def type_named(module: nn.Module, name: str) -> bool:
+    """Whether a class of that name is among the module's classes (for layers of packages not imported here)."""
+    return any(c.__name__ == name for c in type(module).__mro__)
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of the dense view of a linear layer, a convolution or an embedding."""
+    if hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if type_named(module, "Conv1D"):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.weight.shape[0], module.weight[0].numel()
 
 
 def dimensions(layer: nn.Module) -> int:

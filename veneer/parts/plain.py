@@ -1,29 +1,31 @@
-"""What the fast forms of a block ask of its layers: is a single plain pair all that acts here?"""
+"""What the fast forms of a block ask of its layers: is the fused product all that acts here?"""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
 from veneer.core.adapted import Adapted, Base
 from veneer.core.delta import Delta
+from veneer.core.product import Weight
 
 
-def plain(module: nn.Module) -> tuple[Any, Tensor | None, Tensor, Tensor, float, float, int | None] | None:
-    """What the fused product of a layer needs when one plain pair acts on it: else None.
+def plain(
+    module: nn.Module,
+) -> tuple[Weight, Tensor | None, Tensor, Tensor, float, float, int | None, Tensor | None] | None:
+    """What the fused product of a layer needs when nothing else acts on it: else None.
 
-    Returns (weight or function, bias, A, B, scale, dropout probability, seed).
+    Returns (weight or function, bias, A, B, scale, dropout probability, seed, gain).
     """
     if not isinstance(module, Adapted):
         return None
     whole, rows, tensors = module.veneer_links()
-    if len(whole) != 1 or rows or tensors or not isinstance(whole[0], Delta) or not whole[0].is_plain():
+    if not whole or rows or tensors or not isinstance(whole[-1], Delta):
         return None
-    delta = whole[0]
-    base = Base(delta.site, module.veneer_own)
-    if not base.fusable or delta.product is not type(delta).default_product:
+    delta = whole[-1]
+    base = Base(delta.site, module.veneer_own, whole[:-1])
+    fused = delta.fused(base) if delta.product is type(delta).default_product else None
+    if fused is None:
         return None
-    A, B, scale = delta.pair()
+    A, B, scale, gain = fused
     p = delta.active_dropout()
-    return base.source(), base.own_bias(), A, B, scale, p, delta.draw_seed() if p else None
+    return base.source(), base.own_bias(), A, B, scale, p, delta.draw_seed() if p else None, gain
