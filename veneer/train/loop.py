@@ -134,6 +134,7 @@ class _Job:
             return self._finished()
         for context in (
             modes.seeded(settings.seed),
+            modes.held_heap(),
             precision.computing(model, dtype),
             modes.recomputing(model) if settings.checkpointing else nullcontext(),
             modes.training(model),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,35 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         checkpoint.set_random_state(before)
+
+
+_TRIM, _MAP = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+_HELD, _OWN = (2**31 - 4096, 2**30), (2**26, 2**25)  # bytes; the second pair is where glibc itself would end up
+
+
+@contextmanager
+def held_heap() -> Iterator[None]:
+    """Memory that a step frees stays with the process for the next step, and goes back at the end.
+
+    glibc gives large pieces back to the system each time, and the next step pays for every page again (7,000 to 17,000
+    page faults a step of a 135M model, some 5 % of its time). Other C libraries are left alone.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt, trim = (getattr(library, name, None) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+
+    def bound(trim_at: int, map_at: int) -> None:
+        mallopt(_TRIM, trim_at)
+        mallopt(_MAP, map_at)
+
+    bound(*_HELD)
+    try:
+        yield
+    finally:
+        bound(*_OWN)
+        trim(0)
 
 
 @contextmanager
