@@ -20,6 +20,7 @@ class Restored(NamedTuple):
         return cls(None if labels is None else (image - labels).abs().mean(), image)
 
 
+@torch.no_grad()
 def psnr(image: Tensor, clean: Tensor) -> float:
     """Peak signal-to-noise ratio in dB: the mean over images (B, 3, H, W) in [0, 1], each clamped to that range."""
     error = (image.clamp(0, 1) - clean).double().square().flatten(1).mean(1)

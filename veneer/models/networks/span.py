@@ -32,8 +32,8 @@ class SPAN(nn.Module):
     """Swift parameter-free attention network (Wan et al. 2024; the sizes of DSCLoRA's: 26 channels, 6 blocks, ×4).
 
     h = stem(x − mean); the blocks in turn; y = shuffle(up(cat(h, tail(last), first block, last block's first
-    convolution, activated))) + x enlarged. The published network has no such skip and computes in [0, 255]: with the
-    skip a small one learns in a minute.
+    convolution, activated))) + x enlarged by cubic interpolation. The published network has no such skip and computes
+    in [0, 255]: with the skip a small one learns in a minute.
 
     Args:
         channels: C of every convolution.
@@ -60,5 +60,5 @@ class SPAN(nn.Module):
             outputs.append(y)
         y = self.up(self.cat(torch.cat([h, self.tail(y), outputs[0], inner], dim=1)))
         scale = self.sizes["scale"]
-        image = F.pixel_shuffle(y, scale) + F.interpolate(pixel_values, scale_factor=scale, mode="nearest")
+        image = F.pixel_shuffle(y, scale) + F.interpolate(pixel_values, scale_factor=scale, mode="bicubic")
         return Restored.of(image, labels)
