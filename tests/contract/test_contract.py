@@ -145,11 +145,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
     for m in case.model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
+    adapter.root.draws = 0  # what a form draws is the same in both passes
     case.loss().backward()
     plain = [p.grad.clone() for p in adapter.parameters()]
     for p in adapter.parameters():
         p.grad = None
     case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapter.root.draws = 0
     case.loss().backward()
     for (n, p), g in zip(adapter.named_parameters(), plain):
         assert (p.grad - g).abs().max() <= 2e-5 * g.abs().max() + 1e-7, n
