@@ -26,6 +26,8 @@ MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
     "lst": ("llama", "gpt2", "bert", "vit"),
     "lst-fisher": ("llama", "bert"),
+    "mosa": ("llama", "gpt2", "vit", "t5"),
+    "mosa-consistency": ("llama", "vit"),
 }
 
 
