@@ -9,6 +9,8 @@ from torch import nn
 
 import veneer
 from veneer.errors import UserError
+from veneer.parts.restore import attach_from
+from veneer.parts.state import clone
 
 SHAPES = [(4, 6), (6, 4), (5, 5)]  # out, in
 
@@ -138,6 +140,18 @@ def test_a_saved_adapter_truncates_once_however_often_it_is_loaded(tmp_path):
         assert torch.equal(model(x), y)
     d = adapter.deltas["0"]
     assert torch.linalg.matrix_rank(d.offset.fold(model[0].weight, None)[0], rtol=1e-5) == 6
+
+
+def test_a_state_without_the_dropped_directions_takes_them_from_w():
+    model, adapter, _ = single(nn.Linear(8, 6), "kasa", rank=2)
+    stirred(adapter)
+    x = torch.randn(4, 8)
+    y, description, state = model(x), adapter.description(), clone(adapter.state())
+    adapter.detach()
+    attach_from(model, description, {n: t for n, t in state.items() if "offset" not in n})
+    assert torch.allclose(model(x), y, atol=1e-6)
+    with pytest.raises(UserError, match="lacks 0.offset.A"):
+        attach_from(model, description, {n: t for n, t in state.items() if "offset.A" not in n}, name="torn")
 
 
 def test_too_large_a_rank_and_another_form_are_refused():

@@ -81,6 +81,11 @@ class KaSA(Delta):
     def pair(self) -> Pair:
         return Pair(self.A * self.g[:, None], self.B, self.scale)
 
+    def match(self, state: dict[str, Tensor]) -> None:
+        """Take the dropped directions from W where the file leaves them out, as PEFT's do."""
+        if self.offset is not None and not any(name.startswith("offset.") for name in state):
+            state |= {"offset.A": self.offset.A, "offset.B": self.offset.B}
+
     def parameter_count(self) -> int:
         """r·(in + out) + r."""
         return self.rank * (self.site.in_features + self.site.out_features + 1)
