@@ -150,7 +150,7 @@ def test_a_state_without_the_dropped_directions_takes_them_from_w():
     adapter.detach()
     attach_from(model, description, {n: t for n, t in state.items() if "offset" not in n})
     assert torch.allclose(model(x), y, atol=1e-6)
-    with pytest.raises(UserError, match="lacks 0.offset.A"):
+    with pytest.raises(UserError, match=r"lacks 0\.offset\.A"):
         attach_from(model, description, {n: t for n, t in state.items() if "offset.A" not in n}, name="torn")
 
 
