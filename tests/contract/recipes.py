@@ -21,6 +21,7 @@ EXAMPLES = {  # what a name alone does not say
     "colora": "colora(points=2, steps=2)",
     "s2ft": "s2ft(v=0.5, o=0.25, u=0.1, d=0.1)",
     "s2-lora-ranks": "s2-lora(shrink=1.5, normalise=True)",
+    "composable-sft-ranks": "composable-sft(proportion=0.1, select='random')",
 }
 MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
