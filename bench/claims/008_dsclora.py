@@ -11,6 +11,11 @@ def taught(trial: Trial) -> None:
     learn(trial, "conv-lora(rank=2)+dsclora(pool=2)")
 
 
+def heavy(trial: Trial) -> None:
+    """The same with as much weight on the affinities as on the image."""
+    learn(trial, "conv-lora(rank=2)+dsclora(pool=2, affinity=1.0)")
+
+
 def shown(trial: Trial) -> None:
     """ConvLoRA with the teacher's image alone."""
     learn(trial, "conv-lora(rank=2)+dsclora(affinity=0.0)")
@@ -34,13 +39,14 @@ CLAIM = Claim(
     task=Enlarging(),
     contestants={
         "dsclora": With(function=taught),
+        "affinities at weight 1": With(function=heavy),
         "teacher's image": With(function=shown),
         "conv-lora": With("conv-lora", rank=2),
         "lora": With("lora", rank=4, alpha=8, sites="conv"),
         "full": With("full", sites="conv"),
         "base": With(function=nothing, rates=(0,)),
     },
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(1e-3, 3e-3, 1e-2),
     seeds=3,
     sweep_seeds=1,
     rule=every(above("dsclora", "base"), above("dsclora", "conv-lora")),

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.claims.tasks import Batches, Task, descend, pretrained
-from veneer.models.networks import SPAN, psnr
+from veneer.data.degradations import prod
+from veneer.models.networks import SPAN, NAFNet, psnr
 
 COLUMNS = {"train": (0, 400), "validation": (410, 500), "test": (510, 638)}
 
@@ -121,3 +122,84 @@ def _span(channels: int, epochs: int, seed: int) -> nn.Module:
             descend(network, batches, epochs, lr)
 
     return pretrained({"span": channels, "epochs": epochs, "seed": seed, "version": 1}, make, train)
+
+
+@dataclass(frozen=True)
+class Restoring(Task):
+    """Haze and lost pixels, which the base has not seen: a small NAFNet pre-trained by PROD, then adapted to patches.
+
+    The base trains on patches spoilt anew by ``data.degradations.prod``, for ``base_steps`` of eight; ``prod`` False
+    leaves it at random weights. The new task has ``shots`` patches of 32 × 32: haze of 20 to 60 % and 15 % of all
+    pixels black, the same in every epoch.
+    """
+
+    channels: int = 8
+    base_steps: int = 300
+    prod: bool = True
+    shots: int = 64
+    epochs: int = 12
+    batch: int = 8
+
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        base = "PROD" if self.prod else "no pre-training"
+        return f"{base} → haze and lost pixels in {self.shots} 32×32 patches of two photographs, NAFNet, PSNR in dB"
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """AdamW without decay, cosine."""
+        plain = {"task": "regression", "schedule": "cosine", "clip": 1.0, "weight_decay": 0.0, "precision": "fp32"}
+        return plain | {"epochs": self.epochs, "batch_size": self.batch}
+
+    def model(self, seed: int) -> nn.Module:
+        """A copy of the base of this seed."""
+        return copy.deepcopy(_naf(self.channels, self.base_steps if self.prod else 0, seed))
+
+    def rows(self, part: str, seed: int = 0) -> dict[str, Tensor]:
+        """Columns pixel_values and labels (n, 3, h, w); the seed chooses the training patches."""
+        generator = torch.Generator().manual_seed(seed)
+        clean = region(part)
+        if part == "train":
+            clean = patches(32)[torch.randperm(len(patches(32)), generator=generator)[: self.shots]]
+        return {"pixel_values": hazy(clean, generator), "labels": clean}
+
+    def data(self, seed: int) -> Batches:
+        """Batches of the training patches."""
+        return Batches(self.rows("train", seed), self.batch, seed)
+
+    def calibration(self, seed: int) -> list[Any]:
+        """The first epoch's first four batches."""
+        return list(self.data(seed))[:4]
+
+    def validation(self, model: nn.Module, seed: int) -> float:
+        """PSNR on the columns between training and test."""
+        return judged(model, self.rows("validation"))
+
+    def scores(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """PSNR on the right of the pictures."""
+        return {"test": judged(model, self.rows("test"))}
+
+
+def hazy(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (n, 3, h, w) behind grey haze, each behind its own, with 15 % of the pixels black."""
+    share, grey = (0.2 + torch.rand(2, len(clean), 1, 1, 1, generator=generator) * 0.4).unbind()
+    lost = torch.rand(clean[:, :1].shape, generator=generator) < 0.15
+    return (clean * (1 - share) + share * (0.6 + grey)).masked_fill(lost, 0.0).clamp(0, 1)
+
+
+@cache
+def _naf(channels: int, steps: int, seed: int) -> nn.Module:
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return NAFNet(channels)
+
+    def train(network: nn.Module) -> None:
+        generator, clean = torch.Generator().manual_seed(seed), patches(32)
+        chosen = clean[torch.randint(len(clean), (8 * steps,), generator=generator)]
+        spoilt = torch.stack([prod(image, generator) for image in chosen])
+        batches = Batches({"pixel_values": spoilt, "labels": chosen}, 8, seed)
+        descend(network, batches, 1, 2e-3)
+
+    return pretrained({"naf": channels, "steps": steps, "seed": seed, "version": 1}, make, train) if steps else make()

@@ -68,7 +68,7 @@ def test_only_the_factors_of_the_student_get_gradients():
 
 
 def test_passes_of_other_methods_do_not_replace_the_students_maps():
-    student, _, hook = started()
+    student, _, hook = started("dsclora(affinity=1.0)")
     data = batch()
     expected = hook.loss(student(**data), data, None)
     outputs = student(**data)
@@ -78,7 +78,7 @@ def test_passes_of_other_methods_do_not_replace_the_students_maps():
 
 
 def test_pooling_comes_before_the_affinities():
-    student, teacher, hook = started("dsclora(image=0.0, pool=3)")
+    student, teacher, hook = started("dsclora(image=0.0, affinity=1.0, pool=3)")
     data = batch()
     found = hook.loss(student(**data), data, None)
     pairs = zip(*(by_hand(n, data["pixel_values"])[1] for n in (student, teacher)))

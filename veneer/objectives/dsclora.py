@@ -34,14 +34,15 @@ class DSCLoRA(Objective):
     ``maps`` names the modules whose outputs are compared; the default is the hint in the official code, the three
     convolutions of the first three blocks, the first two activated, by the names of the SPAN here.
 
-    No λ was published: λ₂ = λ₃ = 1 here, for images in [0, 1]. ``pool`` averages squares of that size first, which
-    divides the work of the affinities by pool⁴. ``terms`` holds the three losses of the last batch. With both λ at 0
-    no teacher is needed and nothing runs.
+    No λ was published. For images in [0, 1] λ₂ = 1 weighs the two images alike; λ₃ = 1e-3, because nine maps add up to
+    some 0.5, and at λ₃ = 1, 25 times L_rec, a trained network here lost 0.2 dB. ``pool`` averages squares of that size
+    first, which divides the work of the affinities by pool⁴. ``terms`` holds the three losses of the last batch. With
+    both λ at 0 no teacher is needed and nothing runs.
     """
 
     teacher: Annotated[str, At(doc="folder of the trained network that teaches")] = ""
     image: Annotated[float, At(ge=0, doc="λ₂, weight of the distance to the teacher's image")] = 1.0
-    affinity: Annotated[float, At(ge=0, doc="λ₃, weight of the distance between affinities")] = 1.0
+    affinity: Annotated[float, At(ge=0, doc="λ₃, weight of the distance between affinities")] = 1e-3
     maps: Annotated[tuple[str, ...], At(doc="globs: modules of the student whose outputs are compared")] = (
         "blocks.[0-2].a[12]",
         "blocks.[0-2].c3",
