@@ -34,6 +34,7 @@ class Room:
         size: tokens a unit.
         most: requests at once.
         prompts: prompt tokens that one admission may bring.
+        ahead: tokens by which a new request is ahead of the others after its prompt: 1 where the others wait for it.
     """
 
     capacity: int
@@ -41,6 +42,7 @@ class Room:
     size: int = 1
     most: int = 1000
     prompts: int = 1 << 30
+    ahead: int = 1
 
     def fits(self, running: Sequence[Any], new: Sequence[Any]) -> bool:
         """Whether the new requests can join the running ones and all can run to their limits."""
@@ -49,6 +51,6 @@ class Room:
         if len(new) > 1 and sum(len(r.prompt) for r in new) > self.prompts:
             return False
         adapters = dict(pair for r in (*running, *new) for pair in self.cost(r.adapter))
-        held = [r.length for r in running] + [r.length + 1 for r in new]
+        held = [r.length for r in running] + [r.length + self.ahead for r in new]
         left = [r.left - 1 for r in running] + [r.left - 1 for r in new]
         return peak(held, left, self.size) < self.capacity - sum(adapters.values())

@@ -1,8 +1,8 @@
 """The adapters that are known, and those whose factors are in the pool.
 
-An adapter is a folder that was registered under a name. Its factors come into pages when a request needs them, stay while
-requests use them or it is pinned, and leave when the pages are needed. Replacing one makes a new version: requests that
-run finish on the old one.
+An adapter is a folder that was registered under a name. Its factors come into pages when a request needs them, stay
+while requests use them or it is pinned, and leave when the pages are needed. Replacing one makes a new version:
+requests that run finish on the old one.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Bank:
         return short
 
     def room(self, count: int, now: float, keep: Iterable[Entry] = ()) -> list[int]:
-        """``count`` pages, idle prefixes and then idle adapters making way; raises OutOfPages when that is not enough."""
+        """``count`` pages, idle prefixes and then idle adapters making way; raises OutOfPages if they are too few."""
         if count > self.pool.free:
             self.spare(count - self.pool.free)
         if count > self.pool.free:

@@ -19,7 +19,7 @@ from veneer.serve.pool import PagePool
 
 @dataclass
 class Piece:
-    """What one sequence brings to a step: the tokens from position ``past`` on, and its pages, which hold all of them."""
+    """What one sequence brings to a step: the tokens from position ``past`` on, and pages that hold all of it."""
 
     tokens: Sequence[int]
     past: int
@@ -69,7 +69,7 @@ class Batch:
             at += len(p.tokens)
 
     def attend(self, heads: Tensor, blocks: Tensor, count: int, groups: int, scale: float) -> Tensor:
-        """Attention of all rows, (T, count · head_dim): ``heads`` (T, count + 2 · groups, head_dim), ``blocks`` the pool."""
+        """Attention of all rows, (T, count · head_dim), for ``heads`` (T, count + 2 · groups, head_dim)."""
         width = heads.shape[-1]
         out = heads.new_empty(heads.shape[0], count * width)
         for rows, index, mask in self.buckets:

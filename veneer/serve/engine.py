@@ -1,7 +1,7 @@
 """The engine: takes requests in, admits them, and runs one step after another over all that are under way.
 
-A step is one forward pass: one token for each request that decodes, and up to ``chunk`` tokens of prompts. Everything here
-happens in one thread; other threads may call `submit`, `cancel` and `do`.
+A step is one forward pass: one token for each request that decodes, and up to ``chunk`` tokens of prompts. Everything
+here happens in one thread; other threads may call `submit`, `cancel` and `do`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Engine:
     def room(self) -> Room:
         """What the pool has room for now."""
         idle = sum(len(e.pages) for e in self.bank.entries.values() if e.pinned and not e.users)
-        return Room(self.pool.pages - idle + 1, self._cost, self.pool.tokens, self.limits.batch)
+        return Room(self.pool.pages - idle + 1, self._cost, self.pool.tokens, self.limits.batch, ahead=0)
 
     def _cost(self, blend: Any) -> list[tuple[Any, int]]:
         return [(e, e.size) for e in (self.bank.entries.get(name) for name, _ in blend) if e is not None]

@@ -1,7 +1,7 @@
 """How the factors of one adapter lie in pages, and the index tables by which the product finds them there.
 
-The layers that share an input are one group (q, k and v; gate and up), and an adapter brings for each group any number of
-pieces, each a pair A (r, in), B (rows, r) for a row range of the group's output. In a page's numbers come
+The layers that share an input are one group (q, k and v; gate and up), and an adapter brings for each group any number
+of pieces, each a pair A (r, in), B (rows, r) for a row range of the group's output. In a page's numbers come
 
 - for each group all A of its pieces as one matrix (in, width), columns side by side, ``width`` the next power of two: a
   row of it is one input's share of every h, so that ``h = Σ_i x_i · row_i`` is a weighted sum of rows;
@@ -187,8 +187,8 @@ class Part:
 
 @dataclass
 class Table:
-    """Of one adapter and group: ``a`` (in,) rows of A in the pool seen as rows of ``width``; for each chunk of the output
-    ``lengths`` rows of B in the pool seen as rows of ``chunk``, at ``index``, times the h of ``column``."""
+    """Of one adapter and group: ``a`` (in,) rows of A in the pool seen as rows of ``width``; for each chunk of the
+    output ``lengths`` rows of B in the pool seen as rows of ``chunk``, at ``index``, times the h of ``column``."""
 
     width: int
     a: np.ndarray

@@ -1,7 +1,7 @@
 """Pages that several requests share: the keys and values of a common beginning under the same adapter.
 
-A full page is known by what acts on it (the blend and the versions of its adapters) and all tokens up to its end. A page
-nobody uses stays until the room is needed; the longest unused goes first, and ends of chains before their beginnings.
+A full page is known by what acts on it (the blend and the versions of its adapters) and all tokens up to its end. A
+page nobody uses stays until the room is needed; the longest unused goes first, ends of chains before beginnings.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The low-rank product of a whole batch, every row with its own adapter, at any mixture of ranks.
 
-Rows of a single token gather: ``h_i = Σ_k x_ik · A[k]`` and ``y_i += Σ_j h_ij · Bᵀ[j]`` are weighted sums of rows of the
-pool (one ``embedding_bag`` each), which read every factor once, from wherever it lies, and copy none. Runs of many tokens
-of one request (a prompt) take its factors out of the pool and multiply. A row without an adapter is an empty sum.
+Rows of a single token gather: ``h_i = Σ_k x_ik · A[k]`` and ``y_i += Σ_j h_ij · Bᵀ[j]`` are weighted sums of rows of
+the pool (one ``embedding_bag`` each), which read every factor once, from wherever it lies, and copy none. Runs of many
+tokens of one request (a prompt) take its factors out of the pool and multiply. A row without an adapter sums nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GroupPlan:
 
 
 class Plan:
-    """The product of one step; ``heads`` are the mixes of the first rows, one row each, ``runs`` those of the others."""
+    """The product of one step; ``heads`` are the mixes of the first rows, one each, ``runs`` those of the others."""
 
     def __init__(self, pool: PagePool, chunk: int, heads: Sequence[Mix], runs: Iterable[Run] = ()) -> None:
         self.pool, self.chunk, self.count = pool, chunk, len(heads)

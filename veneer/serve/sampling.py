@@ -66,7 +66,7 @@ def generator(request: Any) -> torch.Generator:
 
 
 def draw(logits: Tensor, s: Sampling, source: torch.Generator) -> int:
-    """One token from logits (vocabulary,): temperature, then the ``top_k`` likeliest, then the least set of ``top_p``."""
+    """One token from logits (vocabulary,): temperature, the ``top_k`` likeliest, the least set of ``top_p``."""
     at = float(torch.rand((), generator=source, dtype=torch.float64))
     logits = logits.cpu() / max(s.temperature, 1e-4)
     if not s.top_k and s.top_p >= 1:

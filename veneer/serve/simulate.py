@@ -34,7 +34,7 @@ def gamma_power(
     lengths: tuple[int, int] = (8, 512),
     seed: int = 42,
 ) -> list[Arrival]:
-    """S-LoRA's workload: adapters by a power law (``alpha`` = 1 is uniform), gaps Gamma with coefficient of variation cv."""
+    """S-LoRA's workload: adapters by a power law (``alpha`` = 1 is uniform), gaps Gamma of variation ``cv``."""
     draw = np.random.RandomState(seed)
     count = int(rate * duration)
     chosen = (draw.power(alpha, count) * adapters).astype(int)
@@ -116,7 +116,7 @@ def run(
     wait: int = 10,
     deadline: float = 6.0,
 ) -> Metrics:
-    """Run a trace under a policy: an admission every ``wait`` decode steps, no prefetch, adapters resident while used."""
+    """Run a trace: an admission every ``wait`` decode steps, no prefetch, adapters resident while they are used."""
     room = Room(cells, lambda a: [(a, 4 * rank(a))], prompts=max(cells // 6, 3072))
     requests = [Simulated(a) for a in trace]
     queue: list[Simulated] = []

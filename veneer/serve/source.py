@@ -1,4 +1,4 @@
-"""Reading an adapter's folder into pieces for the pool: plain pairs straight from the mapped file, other forms by lowering.
+"""Reading an adapter's folder into pieces for the pool: plain pairs straight from the file, other forms by lowering.
 
 LoRA (rsLoRA too) and DoRA, ours or PEFT's, with or without an offset beneath, are read from their tensors alone and
 served exactly. Every other form that folds is attached to the base for a moment: what is plain LoRA in effect is taken
@@ -47,7 +47,7 @@ class Loose:
 
 @dataclass
 class Found:
-    """An adapter ready to lay out. ``error`` is 0 when it is served exactly, else ‖ΔW − served‖/‖ΔW‖ over all weights."""
+    """An adapter ready to lay out; ``error`` is ‖ΔW − served‖/‖ΔW‖ over all weights, 0 when it is served exactly."""
 
     pieces: dict[Place, Piece]
     form: str
@@ -75,7 +75,7 @@ class Reader:
         self._base: str | None = None
 
     def read(self, folder: str | Path) -> Found:
-        """The adapter in ``folder``; raises UserError when it is damaged, of another base or of a form that cannot fold."""
+        """The adapter in ``folder``; raises UserError when it is damaged, of another base or of no foldable form."""
         folder = Path(folder)
         plain = self._plain(folder)
         if plain is not None:

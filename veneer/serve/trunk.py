@@ -1,4 +1,4 @@
-"""The forward pass of one step: decoder blocks of the Llama and GPT-2 kinds over a batch of single tokens and prompt parts.
+"""The forward pass of one step: blocks of the Llama and GPT-2 kinds over a batch of single tokens and prompt parts.
 
 All tokens of a step are the rows of one matrix. Layers that share an input are one product; keys and values are written
 to the pool and read from its pages; `Plan` adds what the adapters change. The model's own tensors are views into the
@@ -49,7 +49,7 @@ class Linear:
         self.packed: Tensor | None = None
 
     def pack(self, rows: int) -> None:
-        """Lay the weight out once as the CPU's bf16 product wants it; a second copy that is read in place of the first."""
+        """Lay the weight out as the CPU's bf16 product wants it: a second copy, read in place of the first."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from veneer.serve.policies.policy import Policy
 class EarlyAbort(Fields, Policy):
     """Sends away who can no longer be on time; newest first while more come than are admitted.
 
-    S-LoRA §6: ``rate`` and ``batch`` are running averages (0.3 old, 0.7 new) of arrivals and of admissions at each call.
+    S-LoRA §6: ``rate`` and ``batch`` are running averages (0.3 old, 0.7 new) of arrivals and admissions at each call.
     """
 
     name = "abort"
