@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.errors import UserError
-from veneer.models.networks import NAFNet
+from veneer.models.networks import SPAN, NAFNet
 from veneer.parts.attribution import base_weights, contributions, fine_tuned
 from veneer.ranks.colora import ranks, squares
 
@@ -180,3 +180,20 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(UserError, match="compares images"):
         model = nn.Sequential(nn.Linear(3, 3))
         veneer.attach(model, "colora(error='squares')", calibration=[torch.ones(1, 3)])
+
+
+def test_peft_reads_ranks_scales_and_biases(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, model = SPAN(4, 2, 2), SPAN(4, 2, 2)
+    model.load_state_dict(base.state_dict())
+    small = [{"pixel_values": b["pixel_values"][..., ::2, ::2], "labels": b["labels"]} for b in images()]
+    adapter = veneer.attach(model, f"lora+colora({FAST})", rank=2, alpha=3.0, sites="conv", calibration=small)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    adapter.export(tmp_path / "p", format="peft")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "p")
+    x = small[0]["pixel_values"]
+    assert len({d.rank for d in adapter.deltas.values()}) > 1 and len(adapter.trained) == 10
+    assert torch.allclose(theirs(x).image, model(x).image, atol=1e-5)
