@@ -1,6 +1,6 @@
 # make demo   the main job, end to end          make test   the test suite
 # make setup  everything for tests and bench    make lint   style, import contracts
-# make bench  speed and memory against peers    make docs   docs/methods.md from the registry
+# make bench  speed and memory against peers    make docs   the documentation, into site/
 #
 # Every target makes .venv when it is missing; a stamp in it makes the next call quick.
 
@@ -35,8 +35,10 @@ lint: $(VENV)/.ready-all
 bench: $(VENV)/.ready-all
 	$(BIN)/python -m bench $(ARGS)
 
-docs: $(VENV)/.ready-demo
+docs: $(VENV)/.ready-docs
 	$(BIN)/python -m veneer.report.catalogue docs/methods.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "the documentation is in site/index.html; to search it: $(BIN)/python -m http.server -d site"
 
 clean:
 	rm -rf $(VENV) demo-run
@@ -60,5 +62,10 @@ $(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.ready-all: pyproject.toml $(VENV)/.ready-demo
 	@echo "installing what tests and bench need into $(VENV)"
-	@$(PIP) -e ".[demo,gguf,parquet,images,tensorboard,bench,dev]"
+	@$(PIP) -e ".[demo,gguf,parquet,images,tensorboard,bench,docs,dev]"
+	@touch $@
+
+$(VENV)/.ready-docs: pyproject.toml $(VENV)/.ready-demo
+	@echo "installing what the documentation is built with into $(VENV)"
+	@$(PIP) -e ".[demo,docs]"
 	@touch $@
