@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 from bench.claims.harness import Claim, Trial, With
-from bench.claims.texts import Words
+from bench.claims.texts import Letters
 from bench.claims.verdicts import below, every
 
 HEADS = 4  # of sixteen
@@ -27,7 +27,7 @@ CLAIM = Claim(
     number=81,
     name="lofit",
     claim="Offsets on the attention heads whose scales grew most adapt a model better than on random heads.",
-    task=Words(layers=4, steps=400),
+    task=Letters(layers=4, steps=300),
     contestants={
         "chosen heads": f"lofit+lofit-selection(keep={HEADS})",
         "random heads": With(function=by(lambda found, seed: random.Random(seed).sample(found, len(found)))),

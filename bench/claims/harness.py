@@ -173,6 +173,8 @@ class Trial:
 
 def kept_bytes(trial: Trial) -> float:
     """A measure: bytes kept for backward in one training forward, each storage once, the model's own left out."""
+    from veneer.train.loss import causal_loss
+
     own = {t.untyped_storage().data_ptr() for t in (*trial.model.parameters(), *trial.model.buffers())}
     found: dict[int, int] = {}
 
@@ -185,7 +187,7 @@ def kept_bytes(trial: Trial) -> float:
     batch = trial.task.calibration(trial.seed)[0]
     trial.model.train()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = trial.model(**batch)
+        out = causal_loss(trial.model, batch) if trial.task.fit.get("task") == "causal" else trial.model(**batch)
     trial.model.eval()
     del out
     return float(sum(found.values()))

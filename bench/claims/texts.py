@@ -1,9 +1,9 @@
 """Language models as tasks: tiny Llamas pretrained in seconds, and SmolLM2-135M on rows from a file.
 
 ``Letters()``: a two-layer Llama that copies strings of letters and knows the alphabet's next letter is adapted to a
-third map (``reverse``, ``sort``, ``swap``: neighbours trade places). ``Words()``: one that spells English words is
-adapted to pronounce them (CMU dictionary), or trained from scratch to spell. ``E2E()``: SmolLM2-135M-Instruct on the
-prompts and completions of the file that ``--data`` names. All are scored by loss, nats per labelled token.
+third map (``swap``: neighbours trade places; ``sort``, ``reverse``). ``Words()``: one of random weights that learns to
+spell English words, for methods of pre-training. ``E2E()``: SmolLM2-135M-Instruct on the prompts and completions of the
+file that ``--data`` names. All are scored by loss, nats per labelled token.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ SIZES = {"base": 12800, "validation": 512, "test": 1024}
 class Letters(Sequences):
     """``<map> w₁ … w₆ <is> f(w)₁ … f(w)₆`` over twelve letters; the base knows copy and next; see the module's text."""
 
-    change: str = "reverse"
+    change: str = "swap"
     shots: int = 512
     steps: int = 200
     batch: int = 32
@@ -189,57 +189,48 @@ class Letters(Sequences):
 
 @dataclass(frozen=True)
 class Words(Sequences):
-    """English words: the base spells them letter by letter; the new task is to pronounce them, phoneme by phoneme.
+    """A small language model from scratch: English words of the CMU dictionary, letter by letter."""
 
-    With ``pretrained=False`` the task is the spelling itself, from scratch: a small language model to pretrain.
-    """
-
-    shots: int = 4096
-    steps: int = 300
+    shots: int = 8192
+    steps: int = 400
     batch: int = 32
     width: int = 64
     layers: int = 2
-    pretrained: bool = True
     fit_settings: tuple[tuple[str, Any], ...] = ()
 
-    vocabulary = 1 + 26 + 2 + 39  # padding, letters, two marks, phonemes
-    base_steps = 1000
+    pretrained = False
+    vocabulary = 29  # padding, letters, a mark before and one after
+    base_steps = 0
 
     @property
     def words(self) -> str:
         """The task in words."""
-        what = "English words, spelling → pronunciation" if self.pretrained else "spelling English words from scratch"
-        return f"{what}, Llama {self.width}×{self.layers}, {self.shots} rows, loss"
+        return f"spelling English words from scratch, Llama {self.width}×{self.layers}, {self.shots} words, loss"
 
     def rows(self, part: str, seed: int, old: bool = False) -> dict[str, Tensor]:
         """Words of the dictionary, each part its own."""
         spelled = _numbered()
         order = torch.randperm(len(spelled), generator=torch.Generator().manual_seed(seed)).tolist()
-        ends = {"test": (0, 1024), "validation": (1024, 1536), "base": (1536, 14336), "train": (14336, None)}
-        start, end = ends[part]
-        chosen = [spelled[k] for k in order[start : start + self.shots if end is None else end]]
-        if old or not self.pretrained:
-            return columns([[27] for _ in chosen], [[*letters, 28] for letters, _ in chosen])
-        return columns([[27, *letters, 28] for letters, _ in chosen], [[*phonemes, 28] for _, phonemes in chosen])
+        start, end = {"test": (0, 1024), "validation": (1024, 1536), "train": (1536, 1536 + self.shots)}[part]
+        return columns([[27]] * (end - start), [[*spelled[k], 28] for k in order[start:end]])
 
 
 @cache
-def _numbered() -> list[tuple[list[int], list[int]]]:
-    """(letters, phonemes) of every word of three to twelve letters, as numbers."""
+def _numbered() -> list[list[int]]:
+    """Every word of three to twelve letters, as numbers."""
     from veneer.demo.words import dictionary
 
-    found = [word for word in dictionary() if 3 <= len(word.spelling) <= 12]
-    phonemes = {p: 29 + k for k, p in enumerate(sorted({p for word in found for p in word.phonemes}))}
-    return [([ord(c) - 96 for c in word.spelling], [phonemes[p] for p in word.phonemes]) for word in found]
+    found = (word.spelling for word in dictionary() if 3 <= len(word.spelling) <= 12)
+    return [[ord(letter) - 96 for letter in spelling] for spelling in found]
 
 
 @dataclass(frozen=True)
 class E2E(Task):
     """SmolLM2-135M-Instruct learns to put restaurants' facts into sentences; the file comes by ``--data``.
 
-    Prompts of the validation and test rows are in no training row. ``steps`` of ``batch`` rows; ``attention_only``
-    narrows nothing: choose sites with the contestant. Scores: ``test`` (loss on completions), ``kept`` (loss on the
-    Apache licence). A step takes 1 to 3 seconds on one core: sweep on one seed (``sweep_seeds=1``) and few rates.
+    Prompts of the validation and test rows are in no training row. Scores: ``test`` (loss on completions), ``kept``
+    (loss on the Apache licence). A step takes 1 to 3 seconds on one core: sweep few rates on one seed
+    (``sweep_seeds=1``).
     """
 
     steps: int = 20
