@@ -1,6 +1,8 @@
 """KaSA against its sheet's oracles (091) and against PEFT's variant."""
 
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ import veneer
 from veneer.errors import UserError
 from veneer.parts.restore import attach_from
 from veneer.parts.state import clone
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "optim"))
+
+from breaks import training
 
 SHAPES = [(4, 6), (6, 4), (5, 5)]  # out, in
 
@@ -119,6 +126,13 @@ def test_a_mean_is_the_sum_over_the_number_of_layers_and_none_is_none():
 
     assert torch.allclose(value("reduction='mean'"), value("") / 2)
     assert value("beta=0, gamma=0") is None
+
+
+def test_the_loop_adds_it_to_the_loss():
+    plain = training("kasa+kasa-regulariser(beta=0, gamma=0)", rank=4).take_step()
+    run = training("kasa", rank=4)
+    term = run.adapter.hooks[0].loss(None, None, None).item()
+    assert term > 0.01 and run.take_step() - plain == pytest.approx(term, rel=1e-4)
 
 
 def test_orthonormal_factors_have_no_gradient_and_no_nan():

@@ -49,7 +49,7 @@ def test_a_small_matrix_gets_no_more_than_it_has():
     assert [d.rank for d in veneer.attach(model, "lamda-plus", rank=4).deltas.values()] == [5, 2]
 
 
-@pytest.mark.parametrize("name", ["lamda++", "lamda-plus"])
+@pytest.mark.parametrize("name", ["lamda++", "LaMDA++", "lamda-plus"])
 def test_the_papers_name_stands_for_it(name):
     adapter = veneer.attach(nn.Sequential(layer([1.0] * 4)), name, rank=2)
     assert str(adapter.recipe) == "lamda(rank=2)+lamda-ranks+lamda-freezing"

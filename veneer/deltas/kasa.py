@@ -121,6 +121,8 @@ class KaSARegulariser(Objective):
     gram: Annotated[Literal["small", "large"], At(doc="the side of the Gram matrices: r, or in and out")] = "small"
     reduction: Annotated[Literal["sum", "mean"], At(doc="over the layers")] = "sum"
 
+    reads_outputs = False
+
     def on_attach(self, adapter: Adapter) -> None:
         if not self.sites():
             raise UserError(f"kasa-regulariser is for the form kasa, which {adapter.recipe} does not hold")

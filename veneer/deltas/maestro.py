@@ -172,6 +172,8 @@ class MaestroRanks(Ranks):
     sampler: Annotated[Literal["per-layer", "across-layers", "none"], At(doc="which widths a step takes")] = "per-layer"
     hierarchical: Annotated[bool, At(doc="norms over component i and all after it")] = True
 
+    reads_outputs = False
+
     def on_attach(self, adapter: Adapter) -> None:
         if not self.sites():
             raise UserError(f"maestro-ranks is for the form maestro, which {adapter.recipe} does not hold")
