@@ -158,6 +158,29 @@ def test_shrinking_prunes_and_what_is_left_trains_on():
         assert torch.allclose(form.scale * form.B @ form.A, d.weight(), atol=1e-6)
 
 
+def test_a_run_that_was_broken_off_while_refitting_ends_the_same(tmp_path):
+    calls = []
+
+    def breaking(model, batch):
+        calls.append(batch)
+        if len(calls) == 35:
+            raise KeyboardInterrupt
+        return mean_square(model, batch)
+
+    def run(folder, **settings):
+        torch.manual_seed(0)
+        _, adapter, _ = stack("s2-lora(penalty=0, shrink=2.5, refit=0.25)", rank=6, stir=False)
+        fit(adapter, out=tmp_path / folder, save_every=4, **settings)
+        return adapter.state()
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", loss=breaking)
+    again = run("broken", resume=True)
+    assert 0 < sum(int(v.count_nonzero()) for k, v in whole.items() if k.endswith(".c")) < 24
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
 def test_a_penalty_without_end_leaves_the_base():
     model, adapter, _ = stack("s2-lora(shrink=1e6, refit=0.0)", stir=False)
     with pytest.warns(UserWarning, match="every coefficient is zero"):
