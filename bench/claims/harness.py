@@ -1,6 +1,7 @@
 """Claims tried: a script of some forty lines says what a paper claims, and this trains, judges and writes.
 
-A script is ``bench/claims/NNN_name.py``::
+A script is ``bench/claims/NNN_name.py``, with the sheet's number and the method's name in the registry (a second claim
+adds a word: ``022_sara-idle.py``); its result then stands on the method's page::
 
     \"\"\"Hydra: the sequential branch helps beside the parallel one.\"\"\"
 
@@ -172,7 +173,10 @@ class Trial:
 
 
 def kept_bytes(trial: Trial) -> float:
-    """A measure: bytes kept for backward in one training forward, each storage once, the model's own left out."""
+    """A measure: bytes kept for backward in one training forward, each storage once, the model's own left out.
+
+    Take a transformer for it (``texts.Letters``): behind a ReLU a layer's input is kept for the ReLU anyway.
+    """
     from veneer.train.loss import causal_loss
 
     own = {t.untyped_storage().data_ptr() for t in (*trial.model.parameters(), *trial.model.buffers())}

@@ -38,7 +38,7 @@ class Difference:
     values: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4g} [{self.low:+.4g}, {self.high:+.4g}]"
+        return f"{number(self.mean, '+')} [{number(self.low, '+')}, {number(self.high, '+')}]"
 
 
 Rule = Callable[[Results], Finding]
@@ -59,7 +59,12 @@ def difference(first: Sequence[float], second: Sequence[float], level: float = L
 def spread(values: Sequence[float]) -> str:
     """``0.873 ± 0.012``: mean and standard deviation over the seeds."""
     mean = statistics.fmean(values)
-    return f"{mean:.4g} ± {statistics.stdev(values):.2g}" if len(set(values)) > 1 else f"{mean:.4g}"
+    return f"{number(mean)} ± {statistics.stdev(values):.2g}" if len(set(values)) > 1 else number(mean)
+
+
+def number(value: float, sign: str = "") -> str:
+    """Four significant digits, no exponent for large ones."""
+    return f"{value:{sign},.0f}" if 1000 <= abs(value) < math.inf else f"{value:{sign}.4g}"
 
 
 def above(first: str, second: str, by: float = 0.0, on: str = "test", rate: float | None = None) -> Rule:

@@ -32,7 +32,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the list of methods and a page for each."""
-    claims = pages.claims_by_method(CLAIMS)
+    claims = pages.claims_by_method(CLAIMS, [m.name for m in registry.methods()])
     made = {"methods.md": pages.methods_page(registry.methods(), claims)}
     for method in registry.methods():
         made[f"methods/{method.name}.md"] = pages.method_page(method, claims.get(method.name, ()))
@@ -55,7 +55,8 @@ def table(name: str) -> str:
     if name == "interchange":
         lines = pages.interchange_table(known)
     elif name == "claims":
-        lines = pages.claims_table(pages.claims_by_method(CLAIMS), [m.name for m in known])
+        names = [m.name for m in known]
+        lines = pages.claims_table(pages.claims_by_method(CLAIMS, names), names)
     elif name == "benches":
         lines = pages.benches_table(pages.records(RESULTS))
     elif name == "machines":

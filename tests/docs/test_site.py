@@ -55,7 +55,7 @@ def test_a_method_page_has_its_fields_and_its_claim():
         "[arXiv:2106.09685](https://arxiv.org/abs/2106.09685)",
         "| `rank` | `8` | inner dimension r; ≥ 1 |",
         "> It is \\*thin\\*.",
-        "**Shown.** Shown: 0.9 against 0.8.",
+        "**Shown:** 0.9 against 0.8.",
         "| lora | 0.01* | 0.9123 ± 0.01 |",
         "[pissa](pissa.md)",
     ):
@@ -68,8 +68,9 @@ def test_a_sum_is_listed_exactly_when_the_parser_takes_it():
 
 
 def test_claims_are_found_by_the_method_they_are_of(tmp_path):
-    (tmp_path / "000_lora_plus.json").write_text(json.dumps({"name": "lora_plus", "verdict": "shown"}))
-    assert list(pages.claims_by_method(tmp_path)) == ["lora-plus"]
+    for name in ("lora_plus", "sara-idle", "pretraining"):
+        (tmp_path / f"000_{name}.json").write_text(json.dumps({"name": name, "verdict": "shown"}))
+    assert set(pages.claims_by_method(tmp_path, ["lora-plus", "lora", "sara"])) == {"lora-plus", "sara", "pretraining"}
 
 
 def test_quick_benches_are_not_listed():

@@ -62,7 +62,7 @@ def _table(lines: Sequence[str]) -> list[str]:
             rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells)]
         else:
             rows.append(cells)
-    return table(rows[0], [[escaped(cell) for cell in row] for row in rows[1:]])
+    return table([escaped(cell) for cell in rows[0]], [[escaped(cell) for cell in row] for row in rows[1:]])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -132,7 +132,10 @@ def _beside(method: Any) -> list[str]:
         names = [f"[{name}]({name}.md)" for name in beside(method.name).get(axis, ())]
         if names:
             lines.append(f"- {axis}: {', '.join(names)}")
-    return ["## Stands beside", "", *lines, ""] if lines else []
+    said = (
+        "Names that may be added to it; a method may still ask for certain layers, forms or data when it is attached."
+    )
+    return ["## In a sum with", "", said, "", *lines, ""] if lines else []
 
 
 @cache
@@ -179,22 +182,25 @@ def records(folder: Path) -> list[Record]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def claims_by_method(folder: Path) -> dict[str, list[Record]]:
-    """What was found of each method's claims; underscores in a claim's name are the hyphens of the registry's."""
-    found: dict[str, list[Record]] = {}
+def claims_by_method(folder: Path, names: Iterable[str] = ()) -> dict[str, list[Record]]:
+    """What was found of each method's claims; of ``sara-idle``, where no method has that name, ``sara`` is the method.
+
+    Underscores in a claim's name are the hyphens of the registry's.
+    """
+    known, found = set(names), {}
     for record in records(folder):
-        found.setdefault(record["name"].replace("_", "-"), []).append(record)
+        own = name = record["name"].replace("_", "-")
+        while name not in known and "-" in name:
+            name = name.rpartition("-")[0]
+        found.setdefault(name if name in known else own, []).append(record)
     return found
 
 
 def claim_section(record: Record) -> list[str]:
     """The claim, the verdict, and the contestants' scores."""
-    lines = [
-        f"> {escaped(record['claim'])}",
-        "",
-        f"**{record['verdict'].capitalize()}.** {escaped(record['sentence'])}",
-        "",
-    ]
+    verdict = record["verdict"]
+    said = record["sentence"].removeprefix(verdict.capitalize()).removeprefix(":").strip()
+    lines = [f"> {escaped(record['claim'])}", "", f"**{verdict.capitalize()}:** {escaped(said)}", ""]
     if record.get("note"):
         lines += [escaped(record["note"]), ""]
     contestants = record.get("contestants", {})
