@@ -223,35 +223,37 @@ class SaRAProgress(Optim):
         if not self.sites():
             raise UserError(f"sara-progress is for the form sara, which {adapter.recipe} does not hold")
         self.when: int | None = None
-        self.frozen: dict[str, Tensor] = {}
-        self.held: dict[str, Tensor] = {}
+        self.frozen: dict[int, Tensor] = {}  # by place in sites(): what has stopped, and where it stands
+        self.held: dict[int, Tensor] = {}
 
-    def sites(self) -> dict[str, SaRA]:
-        """The deltas it acts on, by path."""
-        return {p: d for p, d in self.adapter.deltas.items() if isinstance(d, SaRA)}
+    def sites(self) -> list[SaRA]:
+        """The deltas it acts on."""
+        return [d for d in self.adapter.members() if isinstance(d, SaRA)]
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
         self.when = None if self.at is None else round(self.at * schedule.steps)
 
     def before_step(self, step: int) -> None:
         if step == self.when:
-            self.frozen = {p: d.w.detach().abs() >= d.limit for p, d in self.sites().items()}
-            self._hold()
+            self._stop({i: d.w.detach().abs() >= d.limit for i, d in enumerate(self.sites())})
 
-    def _hold(self) -> None:
-        self.held = {p: d.w.detach()[self.frozen[p]].clone() for p, d in self.sites().items() if p in self.frozen}
+    def _stop(self, frozen: dict[int, Tensor]) -> None:
+        """Hold these entries at the values they have."""
+        sites = self.sites()
+        self.frozen = frozen
+        self.held = {i: sites[i].w.detach()[mask].clone() for i, mask in frozen.items()}
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
         if self.nuclear and step % self.every == 0:
             self._add_nuclear(step)
-        for path, mask in self.frozen.items():
-            w = self.adapter.deltas[path].w
-            if w.grad is not None:
-                w.grad.masked_fill_(mask, 0)
+        sites = self.sites()
+        for i, mask in self.frozen.items():
+            if sites[i].w.grad is not None:
+                sites[i].w.grad.masked_fill_(mask, 0)
 
     def _add_nuclear(self, step: int) -> None:
-        large = [d for d in self.sites().values() if d.site.kind != "conv" and len(d.indices) > FEWEST]
+        large = [d for d in self.sites() if d.site.kind != "conv" and len(d.indices) > FEWEST]
         large = [d for d in large if min(d.site.out_features, d.site.in_features) > self.smallest]
         if large:
             draw = generator(self.seed, "sara matrix", step)
@@ -261,15 +263,15 @@ class SaRAProgress(Optim):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        for path, values in self.held.items():
-            self.adapter.deltas[path].w[self.frozen[path]] = values
+        sites = self.sites()
+        for i, values in self.held.items():
+            sites[i].w[self.frozen[i]] = values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"frozen": dict(self.frozen)}
+        return {"frozen": {str(i): mask for i, mask in self.frozen.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.frozen = dict(state.get("frozen", {}))
-        self._hold()
+        self._stop({int(i): mask for i, mask in state.get("frozen", {}).items()})
 
 
 def nuclear_subgradient(P: Tensor) -> Tensor:
