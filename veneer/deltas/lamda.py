@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class LaMDA(Delta):
     """A frozen down-projection, an r × r core that trains, an up-projection that trains at first (Azizi et al. 2024).
 
-    y = xWᵀ + b + s·(((drop(x)Aᵀ)Sᵀ)Bᵀ − (xAᵀ)Hᵀ), ΔW = (s·B·S − H)·A with s = α/r and H the start of s·B·S. In the
-    paper's words A is PMA, S is LDA, B is PMB. With W = UΣVᵀ:
+    y = xWᵀ + b + s·(drop(x)Aᵀ)(BS − H)ᵀ, so ΔW = s·(B·S − H)·A with s = α/r and H the start of B·S. In the paper's
+    words A is PMA, S is LDA, B is PMB. With W = UΣVᵀ:
 
     ======  =========  =====================  =====================  ===============  ===============
     tensor  shape      trained                ``start="spectral"``   ``"zero"``       ``"released"``
@@ -42,7 +42,7 @@ class LaMDA(Delta):
     A       (r, in)    no                     V_rᵀ                   V_rᵀ             U(−1/√in, 1/√in)
     S       (r, r)     yes                    diag(σ_1 … σ_r)/s      0                U(−1/√r, 1/√r)
     B       (out, r)   see lamda-freezing     U_r                    U_r              0
-    H       (out, r)   no                     U_r·diag(σ)            none             none
+    H       (out, r)   no                     U_r·diag(σ)/s          none             none
     ======  =========  =====================  =====================  ===============  ===============
 
     Defaults: r = 64, α = 16, as in the published scripts; their learning rate is 3e-4, decay 0.1. That the projections
