@@ -19,6 +19,7 @@ from veneer.models.fast_attention import Turn, additive, is_causal, rotary_atten
 from veneer.models.fast_linear import Plain, branch_of, linear_group
 from veneer.models.fast_mlp import gated_mlp, swiglu
 from veneer.models.fast_norm import rms_norm
+from veneer.models.packing import Packing
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 # Attention whose forward is projections, rotary embedding, softmax, projection, and nothing between them.
@@ -30,7 +31,9 @@ LONGEST = (
 
 
 @contextmanager
-def fast_forms(model: nn.Module, plain: Plain | None = None, leave: Collection[str] = ()) -> Iterator[None]:
+def fast_forms(
+    model: nn.Module, plain: Plain | None = None, leave: Collection[str] = (), packing: Packing | None = None
+) -> Iterator[None]:
     """Run the known layers of ``model`` in their fast forms, in train and eval mode alike.
 
     Blocks under transformers' gradient checkpointing are recomputed in the same forms, after the context has ended too.
@@ -41,8 +44,9 @@ def fast_forms(model: nn.Module, plain: Plain | None = None, leave: Collection[s
             plain low-rank pair acts, or None; see `veneer.numerics.lowrank.Branch`. Layers for which it gives None are
             called as modules.
         leave: kinds that run as they are: ``norm``, ``mlp``, ``attention``.
+        packing: of the row that the model is given, when it is packed; only for a model that `packs`.
     """
-    forms = _Forms(plain, leave)
+    forms = _Forms(plain, leave, packing)
     replayed = []
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
@@ -55,6 +59,18 @@ def fast_forms(model: nn.Module, plain: Plain | None = None, leave: Collection[s
     finally:
         for module, own in replayed:
             module._gradient_checkpointing_func = own
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the model may be given packed rows: its positions meet in known attention alone."""
+    config, names = getattr(model, "config", None), {f"{family}ForCausalLM" for family in ATTENTION}
+    return (
+        # among its classes: sharding puts another in front
+        any(c.__name__ in names and c.__module__.startswith("transformers.models.") for c in type(model).__mro__)
+        and config._attn_implementation in ("sdpa", "eager")
+        and getattr(config, "sliding_window", None) is None
+        and next(model.parameters()).device.type == "cpu"
+    )
 
 
 def _checkpointed(own: Callable, forms: _Forms, module: nn.Module, function: Callable, *args: Any) -> Any:
@@ -70,8 +86,8 @@ def _checkpointed(own: Callable, forms: _Forms, module: nn.Module, function: Cal
 class _Forms:
     """The forms of one pass, and what its calls share."""
 
-    def __init__(self, plain: Plain | None, leave: Collection[str]) -> None:
-        self.plain = plain
+    def __init__(self, plain: Plain | None, leave: Collection[str], packing: Packing | None = None) -> None:
+        self.plain, self.packing = plain, packing
         self.known = {kind: form for kind, form in _FORMS.items() if kind not in leave}
         self.mask: tuple[Tensor, torch.dtype, Tensor | None] | None = None
         self.turned: tuple[Tensor, Turn] | None = None
@@ -94,7 +110,8 @@ class _Forms:
     def turn(self, cos: Tensor, sin: Tensor, heads: int) -> Turn:
         """The rotation of this pass for so many heads; every layer gets the same, so it is made once."""
         if self.turned is None or self.turned[0] is not cos or self.turned[1].cos.shape[-1] != heads * cos.shape[-1]:
-            self.turned = (cos, Turn.of(cos, sin, heads))
+            rows = slice(None) if self.packing is None else self.packing.longest
+            self.turned = (cos, Turn.of(cos[:, rows], sin[:, rows], heads))
         return self.turned[1]
 
     def added_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -166,9 +183,12 @@ def _attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    x, mask = hidden_states, attention_mask
-    usable = _attention_fits(module, x, position_embeddings, past_key_values, kwargs)
-    if usable and mask is not None:
+    x, mask, packing = hidden_states, attention_mask, forms.packing
+    usable = _attention_fits(module, x, position_embeddings, past_key_values, kwargs, packing)
+    if packing is not None:
+        mask = None if usable else forms.added_mask(packing.own_mask(), x.dtype)
+        attention_mask = mask
+    elif usable and mask is not None:
         usable = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
         mask = forms.added_mask(mask, x.dtype) if usable else None
         usable = mask is not None
@@ -179,17 +199,22 @@ def _attention(
     branches = [branch_of(m, forms.plain, x.dtype) for m in layers]
     q, k, v = (m(x) for m in layers) if None in branches else linear_group(x, branches)
     turn = forms.turn(*position_embeddings, q.shape[-1] // module.head_dim)
+    if packing is not None:
+        q, k, v = (packing.rows(t) for t in (q, k, v))
     out = rotary_attention(q, k, v, turn, mask, module.head_dim, module.scaling)
+    out = out if packing is None else packing.packed(out)
     last = branch_of(module.o_proj, forms.plain, x.dtype)
     return (module.o_proj(out) if last is None else linear_group(out, [last])[0]), None
 
 
-def _attention_fits(module: nn.Module, x: Tensor, turn: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+def _attention_fits(
+    module: nn.Module, x: Tensor, turn: Any, cache: Any, kwargs: dict[str, Any], packing: Packing | None
+) -> bool:
     """Whether a call is causal attention of a sequence on itself that the batched products serve.
 
     Elsewhere than on the CPU torch's own kernels are faster.
     """
-    time, config = x.shape[1], module.config
+    time, config = x.shape[1] if packing is None else packing.shape[1], module.config
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
     return (
         x.device.type == "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from veneer.core.adapted import Adapted, Base
+from veneer.core.adapter import adapters
 from veneer.core.delta import Delta
 from veneer.core.product import Weight
 
@@ -29,3 +30,13 @@ def plain(
     A, B, scale, gain = fused
     p = delta.active_dropout()
     return base.source(), base.own_bias(), A, B, scale, p, delta.draw_seed() if p else None, gain
+
+
+def positionwise(model: nn.Module) -> bool:
+    """Whether every adapter on the model acts on one position at a time, so that rows may lie one after the other."""
+    return all(
+        a.recipe.part("side") is None
+        and a.recipe.part("mixture") is None
+        and not any(d.site.kind in ("module", "conv") for d in a.deltas.values())
+        for a in adapters(model).values()
+    )

@@ -1,4 +1,4 @@
-"""Where micro-batches come from: encoded rows batched by length, or batches that the user made."""
+"""Where micro-batches come from: encoded rows, or batches that the user made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Micro(NamedTuple):
 
 
 class RowFeed:
-    """Encoded rows, cut into batches by length; the order is a function of seed and epoch alone.
+    """Encoded rows, cut into batches; the order is a function of seed and epoch alone.
 
     ``dataset`` is a ``veneer.data.Dataset``. Of each batch, process ``rank`` of ``world`` takes its share; an empty one
     takes part with any row and no unit.
@@ -43,6 +43,7 @@ class RowFeed:
         batch_size: int,
         *,
         seed: int = 0,
+        by_length: bool = True,
         shuffle: bool = True,
         world: int = 1,
         rank: int = 0,
@@ -50,7 +51,9 @@ class RowFeed:
         from veneer.data import Batches
 
         self.dataset, self.task = dataset, task
-        self.batches = Batches(dataset.lengths, batch_size, seed=seed, shuffle=shuffle, world=world, rank=rank)
+        self.batches = Batches(
+            dataset.lengths, batch_size, seed=seed, by_length=by_length, shuffle=shuffle, world=world, rank=rank
+        )
         self.length: int | None = len(self.batches)
         self.fingerprint: str | None = dataset.fingerprint
 
@@ -113,6 +116,7 @@ def feed(
     settings: Settings,
     processor: Callable[[], Any],
     *,
+    by_length: bool = True,
     shuffle: bool = True,
     world: int = 1,
     rank: int = 0,
@@ -136,7 +140,7 @@ def feed(
             size, template = settings.max_length, settings.template
             data = prepare(data, processor(), task.name, size, template, label_names=label_names)
     size = settings.batch_size if shuffle else settings.eval_batch_size or 2 * settings.batch_size
-    return RowFeed(data, task, size, seed=settings.seed, shuffle=shuffle, world=world, rank=rank)
+    return RowFeed(data, task, size, seed=settings.seed, by_length=by_length, shuffle=shuffle, world=world, rank=rank)
 
 
 def _first(data: Any) -> Any:

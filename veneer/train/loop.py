@@ -26,6 +26,7 @@ from veneer.train.feed import BatchFeed, RowFeed, feed, tokenizer_of
 from veneer.train.finite import NotFiniteError
 from veneer.train.folder import RunFolder, lines_at, record_at
 from veneer.train.interrupt import Interrupted, Interrupts
+from veneer.train.loss import leaves_padding_out
 from veneer.train.processes import Processes
 from veneer.train.proof import proof
 from veneer.train.record import MemoryMeter, hardware, versions
@@ -188,7 +189,7 @@ class _Job:
                 f"batch_size={self.settings.batch_size} rows cannot be shared by {self.processes.world} processes"
             )
         share = {"world": self.processes.world, "rank": self.processes.rank}
-        source = feed(data, self.task, self.settings, processor, **share)
+        source = feed(data, self.task, self.settings, processor, by_length=self._by_length(), **share)
         names = source.dataset.label_names if isinstance(source, RowFeed) else None
         if eval_data is not None:
             self.held = feed(eval_data, self.task, self.settings, processor, shuffle=False, label_names=names, **share)
@@ -196,6 +197,11 @@ class _Job:
             if isinstance(rows, RowFeed):
                 self._check_rows(rows)
         return source
+
+    def _by_length(self) -> bool:
+        """Whether batches hold rows of like length: where padding would be computed on."""
+        order, unpadded = self.settings.order, self.task.name == "causal" and leaves_padding_out(self.adapter.model)
+        return order == "length" or (order == "auto" and not unpadded)
 
     def _check_rows(self, rows: RowFeed) -> None:
         from veneer.models import embedding

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import UserError
 from veneer.models import architecture
-from veneer.models.fast import fast_forms
-from veneer.parts.plain import plain
+from veneer.models.fast import fast_forms, packs
+from veneer.models.packing import packing
+from veneer.parts.plain import plain, positionwise
 
 IGNORED = -100
 CHUNK = 256  # positions whose logits exist at one time
@@ -30,6 +31,7 @@ def causal_loss(
     *,
     chunk: int = CHUNK,
     reduction: Literal["mean", "sum"] = "mean",
+    packed: bool = True,
 ) -> Tensor:
     """Cross entropy of predicting each label from the position before it.
 
@@ -49,6 +51,8 @@ def causal_loss(
         chunk: positions whose logits exist at one time.
         reduction: mean over labelled positions, or their sum, to be divided by the count over several batches. A batch
             without a label gives 0.
+        packed: let rows with padding run as one row without any, where the model and what hangs on it allow that
+            (Llama's kind on the CPU, no adapter on whole modules); hooks on the model then see that row.
 
     Returns:
         The loss, 0-dim, fp32.
@@ -76,7 +80,9 @@ def causal_loss(
     if hasattr(config, "use_cache"):
         inputs.setdefault("use_cache", False)
     head = plain_head(bare)
-    with fast_forms(bare, plain):
+    pack = packing(inputs, labels != IGNORED) if packed and leaves_padding_out(bare) else None
+    inputs = inputs if pack is None else pack.inputs(inputs)
+    with fast_forms(bare, plain, packing=pack):
         if head is None:
             outputs = model(**inputs)
             states = _logits(outputs)
@@ -88,7 +94,9 @@ def causal_loss(
     counted = (targets != IGNORED).reshape(-1).nonzero()[:, 0]
     targets = targets.reshape(-1)[counted]
     # Row b of the states without its last position begins at b·T, of the targets at b·(T − 1).
-    states = states.flatten(0, 1).index_select(0, counted + counted // (labels.shape[1] - 1))
+    row = counted // (labels.shape[1] - 1)
+    at = counted + row if pack is None else counted - row * (labels.shape[1] - 1) + pack.first[row]
+    states = states.flatten(0, 1).index_select(0, at)
     loss = _loss_of_logits(states, targets) if head is None else head_loss(states, head, targets, chunk)
     auxiliary = getattr(outputs, "aux_loss", None)
     count = max(1, targets.numel())
@@ -98,6 +106,11 @@ def causal_loss(
             1 if reduction == "mean" else count
         )
     return loss
+
+
+def leaves_padding_out(model: nn.Module) -> bool:
+    """Whether ``causal_loss`` computes on no padding here: rows run packed as one."""
+    return packs(model) and positionwise(model)
 
 
 class LossModule(nn.Module):

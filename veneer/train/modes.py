@@ -64,11 +64,19 @@ def training(model: nn.Module) -> Iterator[None]:
     """Train mode, then back in the mode of every module."""
     modes = [(m, m.training) for m in model.modules()]
     model.train()
+    keep_statistics(model)
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Batch norms in eval mode: their running statistics are the base's, and no adapter holds them."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.eval()
 
 
 @contextmanager

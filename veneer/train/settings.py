@@ -37,6 +37,10 @@ class Settings(Fields):
     save_every: Annotated[int | None, At(ge=1, doc="steps between checkpoints; a tenth of the run by default")] = None
     save_total: Annotated[int | None, At(ge=1, doc="checkpoints kept")] = 2
     max_length: Annotated[int | None, At(ge=2, doc="tokens a row; longer rows are cut")] = None
+    order: Annotated[
+        Literal["auto", "shuffled", "length"],
+        At(doc="of rows: shuffled, or batches of like length; auto: shuffled where padding is left out, else length"),
+    ] = "auto"
     seed: Annotated[int, At(ge=0, doc="of the order of the data and of dropout")] = 0
     checkpointing: Annotated[bool, At(doc="recompute activations in backward: less memory, more time")] = False
     precision: Annotated[Literal["auto", "fp32", "bf16"], At(doc="of the base's computation")] = "auto"

@@ -233,7 +233,7 @@ class Training:
         """The whole loss of a micro-batch: the task's, the passes' auxiliary losses, the objectives'."""
         model, outputs = self.adapter.model, None
         with Passes(model) as passes:
-            if self.hooks["loss"]:
+            if any(h.reads_outputs for h in self.hooks["loss"]):
                 loss, outputs = self.task.with_outputs(model, batch)
             else:
                 loss = self.task.loss(model, batch)

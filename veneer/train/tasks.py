@@ -64,12 +64,12 @@ class Task:
             return int((shifted != IGNORED).sum())
         return rows_of(batch)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Mean loss over the batch's units, 0-dim."""
+    def loss(self, model: nn.Module, batch: Any, packed: bool = True) -> Tensor:
+        """Mean loss over the batch's units, 0-dim; ``packed`` as in ``causal_loss``."""
         if self.custom is None and self.name == "causal":
             from veneer.train.loss import causal_loss
 
-            return self._checked(causal_loss(model, batch))
+            return self._checked(causal_loss(model, batch, packed=packed))
         return self._checked(self.custom(model, batch)) if self.custom else self.with_outputs(model, batch)[0]
 
     def with_outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -80,7 +80,7 @@ class Task:
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
-            loss = self.loss(model, batch)
+            loss = self.loss(model, batch, packed=False)
         finally:
             handle.remove()
         outputs = seen[0] if seen else None

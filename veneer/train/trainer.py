@@ -14,7 +14,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import UserError
 from veneer.io.native import contents
 from veneer.numerics.schedule import Schedule
-from veneer.train import checkpoint, optimizer
+from veneer.train import checkpoint, modes, optimizer
 from veneer.train.steps import POINTS, Passes, Runner, overridden, restore
 from veneer.train.tasks import Task
 
@@ -225,6 +225,7 @@ class _Bridge:
         given = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not self.veneer_training:
             return super().compute_loss(model, inputs, **given)
+        modes.keep_statistics(self.veneer.model)
         batch, seen = dict(inputs), []
         handle = self.veneer.model.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
@@ -248,6 +249,7 @@ class _Bridge:
 
     def _veneer_micro_step(self, model: Any, inputs: Any, whole: Any) -> Tensor:
         model.train()
+        modes.keep_statistics(self.veneer.model)
         batch = self._prepare_inputs(inputs)
         steps = self.current_gradient_accumulation_steps
         self.veneer_weight = 1 / steps if whole is None else self._veneer_share(batch, whole)
