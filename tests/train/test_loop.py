@@ -338,3 +338,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_site(tmp_path, rows
     kept = veneer.load(llama(), tmp_path / "run" / "checkpoint-5" / "adapter")
     assert torch.equal(kept.vector(), adapter.vector())
     assert not torch.equal(before[0], adapter.vector())
+
+
+def test_batch_norms_keep_the_statistics_of_the_base():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    adapter = veneer.attach(model, "lora", rank=2)
+    before = {name: t.clone() for name, t in model[1].state_dict().items()}
+    data = [(torch.randn(6, 4, generator=torch.Generator().manual_seed(i)), torch.ones(6, 1)) for i in range(3)]
+    fit(adapter, data, loss=lambda m, b: (m(b[0]) - b[1]).square().mean(), display=False)
+    assert all(torch.equal(t, before[name]) for name, t in model[1].state_dict().items())

@@ -40,6 +40,7 @@ class Hook(Fields):
     axis: ClassVar[str] = ""
     adapter: Adapter
     seed: ClassVar[int] = 0  # set on the instance by attach
+    reads_outputs: ClassVar[bool] = True  # whether ``loss`` looks at the model's outputs, which are None else
     usual_rate: ClassVar[float | None] = None  # the learning rate the method lives on when that is not the form's
 
     def __init__(self, **fields: Any) -> None:

@@ -65,6 +65,8 @@ def attach(
     sites = next(usual, "linear") if sites is None else sites
     chosen = core.places(model, parsed, find_sites(model, sites))
     hooks = core.make_hooks(parsed, seed)
+    for h in hooks:
+        h.schedule = schedule
     batches = _calibration(hooks, calibration)
     tensors = trained_tensors(model, [train] if isinstance(train, str) else train, *(h.trains(model) for h in hooks))
     base = base_fingerprint(model, without=tensors)

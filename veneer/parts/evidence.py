@@ -84,9 +84,9 @@ def gather(
     try:
         model.eval().requires_grad_(False)
         for batch in batches:
-            mask[0] = _counted(batch, labels_only)
+            mask[0] = counted(batch, labels_only)
             with torch.set_grad_enabled(backward):
-                loss = getattr(_call(model, batch, backward), "loss", None)
+                loss = getattr(call(model, batch, backward), "loss", None)
             if backward:
                 if loss is None:
                     raise UserError("the calibration batches give no loss: add labels to every batch")
@@ -108,7 +108,7 @@ def gather(
     return evidence
 
 
-def _call(model: nn.Module, batch: Any, backward: bool) -> Any:
+def call(model: nn.Module, batch: Any, backward: bool) -> Any:
     def leaf(v: Any) -> Any:
         return v.detach().requires_grad_() if backward and isinstance(v, Tensor) and v.is_floating_point() else v
 
@@ -117,7 +117,7 @@ def _call(model: nn.Module, batch: Any, backward: bool) -> Any:
     return model(*(leaf(v) for v in (batch if isinstance(batch, list | tuple) else (batch,))))
 
 
-def _counted(batch: Any, labels_only: bool) -> Tensor | None:
+def counted(batch: Any, labels_only: bool) -> Tensor | None:
     """Which positions count (batch, tokens), or None for all."""
     if not hasattr(batch, "get"):
         return None

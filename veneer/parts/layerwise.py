@@ -24,8 +24,7 @@ from veneer.core.hook import Init
 from veneer.core.site import Site, inner_sites
 from veneer.errors import UserError
 from veneer.models import architecture
-from veneer.parts.evidence import _call as call
-from veneer.parts.evidence import _counted as counted
+from veneer.parts.evidence import call, counted
 from veneer.parts.trunk import hidden, standing_in
 
 
