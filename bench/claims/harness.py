@@ -26,8 +26,9 @@ adds a word: ``022_sara-idle.py``); its result then stands on the method's page:
 Run it by ``python bench/claims/001_hydra.py`` or ``python -m bench.claims 001`` (or ``hydra``); ``python -m
 bench.claims`` alone lists what has been found. Options: ``--data FILE`` (tasks that need one), ``--fresh`` (forget
 finished runs), ``--out FOLDER``. The result is ``bench/claims/NNN_name.json``. One line is printed per run; each
-finished run is kept in the system's temporary folder, so that a killed claim goes on where it was. A run is known by
-its task, contestant, rate, seed and measures: after a change to the method's own code give ``--fresh``.
+finished run is kept in the system's temporary folder, so that a killed claim goes on where it was and claims share the
+runs of LoRA. A run is known by its task, contestant, rate, seed and measures: after a change to the method's own code
+give ``--fresh``.
 
 **Contestants**, by label: a recipe (text); ``With(recipe, **options of veneer.attach)``; or a function of a `Trial`
 that trains ``trial.model`` in place by itself, with ``trial.fit(trial.attach(recipe, …))`` where that helps (several
@@ -105,8 +106,16 @@ class With:
 
     def description(self) -> dict[str, Any]:
         """Ready for JSON; what a finished run is known by."""
-        said = {"recipe": self.recipe, "function": None if self.function is None else _source(self.function)}
-        said |= {"attach": self.attach, "fit": self.fit, "calibrate": self.calibrate or None}
+        from veneer.core.recipe import parse
+
+        offered = {k: self.attach[k] for k in ("rank", "alpha", "dropout") if k in self.attach}
+        said = {
+            "recipe": None if self.recipe is None else str(parse(self.recipe, **offered)),
+            "function": None if self.function is None else _source(self.function),
+            "attach": {k: v for k, v in self.attach.items() if k not in offered},
+            "fit": self.fit,
+            "calibrate": self.calibrate or None,
+        }
         said |= {"task": None if self.task is None else self.task.settings()}
         return json.loads(json.dumps({k: v for k, v in said.items() if v}, default=_said))
 
@@ -277,7 +286,7 @@ class Claim:
         finding, results = Finding(None, self.untestable), None
         if not self.untestable:
             assert self.rule is not None
-            results = self._results(_Ledger(scratch / f"{self.stem}.runs.json", fresh))
+            results = self._results(_Ledger(scratch / "runs", fresh))
             finding = self.rule(results)
         verdict = {True: SHOWN, False: NOT_SHOWN, None: NOT_TESTABLE}[finding.holds]
         record = {"number": self.number, "name": self.name, "claim": self.claim, "verdict": verdict}
@@ -310,13 +319,10 @@ class Claim:
         for number, (label, rate, seed) in enumerate(plan, done + 1):
             task = entrants[label].task or self.task
             assert task is not None
-            facts = {"task": task.settings(), "label": label, "contestant": entrants[label].description()}
-            facts |= {
-                "lr": rate,
-                "seed": seed,
-                "fit": task.fit,
-                "measures": {name: _source(m) for name, m in self.measures.items()},
-            }
+            facts = {"task": task.settings(), "fit": task.fit, "contestant": entrants[label].description()}
+            facts |= {"lr": rate, "seed": seed, "measures": {name: _source(m) for name, m in self.measures.items()}}
+            if entrants[label].function is not None:  # its text does not say what it closes over
+                facts |= {"label": label, "claim": self.stem}
             run = ledger.get(facts)
             known = run is not None
             if run is None:
@@ -397,25 +403,25 @@ def _asks(recipe: str) -> bool:
 
 
 class _Ledger:
-    """Finished runs on disk, by a hash of what defines them."""
+    """Finished runs on disk, a file each, named by a hash of what defines the run; all claims share them."""
 
-    def __init__(self, path: Path, fresh: bool) -> None:
-        self.path = path
-        self.runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+    def __init__(self, folder: Path, fresh: bool) -> None:
+        self.folder, self.fresh = folder, fresh
 
     def get(self, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         """The run, or None when it is still to make."""
-        return self.runs.get(self._key(facts))
+        path = self._path(facts)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not self.fresh else None
 
     def put(self, facts: Mapping[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Keep a finished run; gives it as it will be read."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.runs[self._key(facts)] = json.loads(json.dumps(run))
-        _write(self.path, self.runs)
-        return self.runs[self._key(facts)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self._path(facts), run)
+        return json.loads(json.dumps(run))
 
-    def _key(self, facts: Mapping[str, Any]) -> str:
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_said).encode()).hexdigest()[:24]
+    def _path(self, facts: Mapping[str, Any]) -> Path:
+        text = json.dumps(facts, sort_keys=True, default=_said)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:

@@ -224,3 +224,16 @@ def test_a_script_runs_by_its_path_and_by_the_package():
     for command in ([str(ROOT / "bench/claims/001_hydra.py"), "--help"], ["-m", "bench.claims", "--help"]):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "--fresh" in done.stdout, done.stderr
+
+
+def test_claims_share_the_runs_that_they_have_in_common(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        harness,
+        "_run",
+        lambda trial, claim: calls.append(trial.label) or {"measures": {"validation": 0.0, "test": 0.0}},
+    )
+    claim().run(tmp_path, tmp_path)
+    contestants = {"same": "lora(rank=1)", "own": With(function=nothing)}
+    claim(number=2, name="other", contestants=contestants, rule=above("same", "own")).run(tmp_path, tmp_path)
+    assert calls[8:] == ["own"] * 4
