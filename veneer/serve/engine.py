@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from veneer.errors import UserError
 from veneer.serve.admission import Room
 from veneer.serve.bank import Bank
@@ -323,9 +321,3 @@ class Engine:
     def close(self) -> None:
         """End the loader's thread."""
         self.bank.loader.close()
-
-
-def threads(count: int | None) -> None:
-    """Let torch compute on ``count`` cores; None leaves it as it is."""
-    if count is not None:
-        torch.set_num_threads(count)

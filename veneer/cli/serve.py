@@ -1,0 +1,103 @@
+"""``veneer serve``: many adapters on one base, for OpenAI's clients."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from veneer.cli.options import Model
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def command(
+    model: Model,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of adapters' folders, ours or PEFT's; it is followed while serving.",
+            show_default=False,
+            metavar="DIR",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine only with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="VENEER_TOKEN", help="What clients must show.", show_default=False)
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0.001, help="Of the pool for requests and adapters, in GB.")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; more are told when to come again.")] = 256,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens a step, so that long prompts stall nobody.")] = 256,
+    policy: Annotated[
+        Literal["fcfs", "lifo", "clustering", "abort", "fair"],
+        typer.Option(help="Who is next; abort refuses who would wait too long, fair shares between adapters."),
+    ] = "fair",
+    deadline: Annotated[float, typer.Option(min=0.1, help="Of the first token, in seconds, for abort.")] = 6.0,
+    eviction: Annotated[Literal["lru", "cost"], typer.Option(help="Which idle adapter leaves the pool.")] = "lru",
+    pin: Annotated[
+        list[str] | None, typer.Option(help="An adapter that stays in the pool.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The base's name for clients; that of --model.", show_default=False)
+    ] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the computation.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to compute on.", show_default=False)] = None,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds for requests under way when it is stopped.")] = 30.0,
+    check: Annotated[bool, typer.Option("--check", help="Say what will fit, and serve nothing.")] = False,
+) -> None:
+    """Serve one base with any number of adapters, as OpenAI's interface.
+
+    An adapter's name is a model's name; a*0.7+b*0.3 blends two. A page to try them is at /.
+    """
+    from pathlib import Path
+
+    import torch
+
+    import veneer
+    from veneer.errors import UserError
+    from veneer.report.screen import screen
+
+    root = None if adapters is None else Path(adapters)
+    if root is not None and not root.is_dir():
+        raise UserError(f"--adapters {adapters} is no folder; give the one that holds the adapters' folders")
+    if token is None and host not in LOCAL:
+        raise UserError(f"--host {host} lets other machines ask; set --token or VENEER_TOKEN, or leave --host out")
+    from veneer.serve.check import check as look
+    from veneer.serve.check import pages_of
+    from veneer.serve.engine import Engine, Limits
+    from veneer.serve.policies.catalogue import POLICIES
+    from veneer.serve.run import packages, run
+    from veneer.serve.trunk import Trunk
+
+    if not check:
+        packages()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    base, tokenizer = veneer.load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    if tokenizer is None:
+        raise UserError(f"{model} holds no tokenizer; put the tokenizer's files beside the model's weights")
+    trunk = Trunk(base)
+    pages = pages_of(trunk, int(memory * 1e9))
+    if check:
+        plan = look(trunk, root, pages)
+        screen().print("\n".join(plan.lines(batch, min(512, trunk.longest))), markup=False, highlight=False)
+        return
+    chosen = POLICIES[policy](deadline=deadline) if policy == "abort" else POLICIES[policy]()
+    engine = Engine(
+        trunk, pages, policy=chosen, limits=Limits(batch=batch, queue=queue, chunk=chunk), eviction=eviction
+    )
+    run(
+        engine,
+        tokenizer,
+        base=name or Path(model).name,
+        adapters=root,
+        token=token,
+        host=host,
+        port=port,
+        drain=drain,
+        pinned=frozenset(pin or ()),
+    )
