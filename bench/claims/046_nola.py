@@ -15,7 +15,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=1, alpha=2)"),
     },
     rates=(3e-3, 1e-2, 3e-2, 1e-1),
-    seeds=3,
+    seeds=5,
     rule=every(above("nola", "lora", by=-0.02), below("nola", "lora", on="parameters", by=500)),
     note="As accurate: no more than two points below, with 95 % confidence.",
 )

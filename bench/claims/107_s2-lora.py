@@ -25,7 +25,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=2, alpha=4)", **SITES),
     },
     rates=(2e-3, 5e-3, 1e-2, 2e-2),
-    seeds=3,
+    seeds=5,
     measures={"components": components},
     rule=above("s2-lora", "lora"),
 )
