@@ -1,62 +1,126 @@
-"""Starts of LoRA's factors on all 210 linear layers: seconds, and how far a fast decomposition is from the exact one.
+"""Starts of the factors on all 210 linear layers: seconds and memory, Veneer's and PEFT's, and how exact PiSSA's is.
 
-Each time is that of attaching with the start, of which plain attaching (zero B), measured just before, is taken off:
-what is left is the start alone. Both sides work on the same bf16 weights, read into memory before the clock starts.
+Every run is a process of its own. The time is that of attaching with the start, less that of attaching plain LoRA in
+the same round: what is left is the start alone. The memory is the largest anonymous memory while attaching over what
+stood before, so the adapter is in it, and for starts that look at data a forward or backward pass. Both sides work on
+the same bf16 weights, read into memory before the clock starts, and on the same batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from bench.harness import Report, alternate, figure, main, parser, repeats, seconds
+from bench.harness import Report, alternate, figure, fresh, main, parser, refuse, repeats, say, seconds
+from veneer.errors import UserError
 
 MODEL, RANK, VOCABULARY = "smollm2-135m", 16, 49152
-FAST, EXACT = "pissa_niter_4", "pissa"  # PEFT's names
-CALIBRATION, QUICK_CALIBRATION = (4, 4, 128), (1, 2, 32)  # batches, rows, tokens of the starts that look at data
+FAST = "pissa_niter_4"  # PEFT's name
+CALIBRATION, QUICK_CALIBRATION = (4, 4, 128), (2, 2, 32)  # batches, rows, tokens of the starts that look at data
 QUICK_SITES = 7  # compared with the exact decomposition: one block's
+QUICK_BLOCKS = r"model\.layers\.[01]\..*_proj"
+
+
+class Start(NamedTuple):
+    """A start on both sides: Veneer's recipe, and PEFT's name for it where PEFT has it; ``most`` bounds our seconds."""
+
+    title: str
+    recipe: str
+    peft: str | None = None
+    most: float | None = None
+
+
+STARTS = {
+    "pissa": Start("PiSSA", "lora+pissa", FAST, 1.0),
+    "pissa-exact": Start("PiSSA, exact", "lora+pissa(exact=True)", "pissa"),
+    "olora": Start("OLoRA", "lora+olora", "olora"),
+    "eva": Start("EVA", "lora+eva", "eva"),
+    "corda-ipm": Start("CorDA, for the task", "lora+corda(mode='ipm')", "corda-ipm"),
+    "corda-kpm": Start("CorDA, keeping knowledge", "lora+corda(mode='kpm')", "corda-kpm"),
+    "lora-ga": Start("LoRA-GA", "lora+lora-ga", "lora_ga"),
+    "lora-sb": Start("LoRA-SB", "lora-xs+lora-sb"),
+    "nlora": Start("NLoRA", "slora+nlora"),
+    "slora": Start("StructuredLoRA", "slora"),
+    "inttune": Start("IntTune", "inttune"),
+    "loftq": Start("LoftQ with its quantisation", "lora+nf4+loftq"),  # PEFT's runs on CUDA alone
+}
+PLAIN = Start("plain LoRA", "lora", "plain")
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """PiSSA by Veneer and by PEFT, exact and randomised; Veneer's EVA and LoRA-GA where they are registered."""
-    import peft  # noqa: F401 - its import is not part of what is timed
-
-    import veneer
-
-    shape = QUICK_CALIBRATION if options.quick else CALIBRATION
-    batches = _batches(*shape)
-    known = {method.name for method in veneer.methods()}
-    looking = {name: title for name, title in {"eva": "EVA", "lora-ga": "LoRA-GA"}.items() if name in known}
-    cases = {f"lora+{name}": lambda name=name: _ours(f"lora+{name}", batches) for name in ("pissa", *looking)}
-    cases |= {f"peft {name}": lambda name=name: _theirs(name) for name in (FAST, EXACT)[: 1 if options.quick else 2]}
-    samples = alternate(cases, repeats(options), warm_up=0 if options.quick else 1)
-
-    def alone(name: str) -> list[float]:
-        return [run["whole"] - run["plain"] for run in samples[name]]
-
-    def whole(name: str) -> list[float]:
-        return [run["whole"] for run in samples[name]]
-
-    figures = [
-        figure("PiSSA start, Veneer", alone("lora+pissa"), "s", at_most=1.0),
-        figure("attaching with it, Veneer", whole("lora+pissa"), "s"),
-        figure("PiSSA start, PEFT, randomised", alone(f"peft {FAST}"), "s", note=FAST),
-        figure("attaching with it, PEFT", whole(f"peft {FAST}"), "s"),
-    ]
-    if f"peft {EXACT}" in samples:
-        figures.append(figure("PiSSA start, PEFT, exact", alone(f"peft {EXACT}"), "s"))
-    batch = "{} batches of {} × {} tokens".format(*shape)
-    figures += [
-        figure(f"{title} start, Veneer", alone(f"lora+{name}"), "s", note=batch) for name, title in looking.items()
-    ]
+    """Every start by turns, each side's against that side's plain LoRA of the same round."""
+    chosen = {name: STARTS[name] for name in options.only or STARTS}
+    cases: dict[str, Callable[[], dict[str, float]]] = {}
+    for name, start in ({"plain": PLAIN} | chosen).items():
+        cases[f"veneer {name}"] = lambda name=name: _process("veneer", name, options.quick)
+        if start.peft is not None:
+            cases[f"peft {name}"] = lambda name=name: _process("peft", name, options.quick)
+    samples = alternate(cases, repeats(options))
+    figures = []
+    for name, start in chosen.items():
+        for side, words in (("veneer", "Veneer"), ("peft", "PEFT")):
+            runs = samples.get(f"{side} {name}")
+            if runs is None:
+                continue
+            took = [run["seconds"] - plain["seconds"] for run, plain in zip(runs, samples[f"{side} plain"])]
+            bound = {"at_most": start.most} if side == "veneer" and start.most else {}
+            note = start.recipe if side == "veneer" else str(start.peft)
+            figures.append(figure(f"{start.title}, {words}", took, "s", note=note, **bound))
+            figures.append(figure(f"{start.title}, {words}, memory", [r["memory"] / 2**20 for r in runs], "MB"))
+    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK}
+    settings["calibration"] = "{} batches of {} × {} tokens".format(*_shape(options.quick))
+    if "pissa" not in chosen:
+        return Report(figures, {"runs": samples}, settings)
     errors = _errors(QUICK_SITES if options.quick else None)
     for side, found in errors.items():
         count = len(found["subspace"])
         for kind, words in (("subspace", "subspace error"), ("excess", "excess error")):
             worst = f"median of {count} layers, largest {max(found[kind]):.2g}"
-            figures.append(figure(f"{words}, {side}", statistics.median(found[kind]), note=worst))
-    return Report(figures, {"seconds": samples, "errors": errors}, {"model": MODEL, "dtype": "bfloat16", "rank": RANK})
+            figures.append(figure(f"PiSSA, {words}, {side}", statistics.median(found[kind]), note=worst))
+    return Report(figures, {"runs": samples, "errors": errors}, settings)
+
+
+def _shape(quick: bool) -> tuple[int, int, int]:
+    return QUICK_CALIBRATION if quick else CALIBRATION
+
+
+def _process(side: str, name: str, quick: bool) -> dict[str, float]:
+    found = fresh("bench.starts", "--side", side, "--start", name, *(["--quick"] if quick else []))
+    say(f"{side} {name}: {found['seconds']:.2f} s, {found['memory'] / 2**20:.0f} MB")
+    return found
+
+
+# -- one run, in its own process ---------------------------------------------------------------------------------------
+
+
+def run(side: str, name: str, quick: bool) -> dict[str, float]:
+    """Seconds of attaching, and bytes of anonymous memory at its peak over those before it."""
+    import torch
+
+    import veneer
+    from veneer.train.record import MemoryMeter
+
+    start, batches, model = {"plain": PLAIN, **STARTS}[name], _batches(*_shape(quick)), _model()
+    if side == "veneer":
+        veneer.methods()  # the catalogue's files are read once, before the clock
+        sites = f"re:^{QUICK_BLOCKS}$" if quick else "linear"
+
+        def work() -> object:
+            return veneer.attach(model, start.recipe, rank=RANK, sites=sites, calibration=batches)
+    else:
+        import peft.tuners.lora.corda  # noqa: F401 - imports are not part of what is timed
+
+        def work() -> object:
+            return _by_peft(model, str(start.peft), batches, f".*{QUICK_BLOCKS}" if quick else "all-linear")
+
+    meter = MemoryMeter(torch.device("cpu"), every=0.005).start()
+    before = meter.read()
+    took = seconds(work)
+    return {"seconds": took, "memory": meter.stop() - before}
 
 
 def _model() -> Any:
@@ -75,35 +139,47 @@ def _batches(count: int, rows: int, width: int) -> list[dict[str, Any]]:
     import torch
 
     ids = torch.randint(0, VOCABULARY, (count, rows, width), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": part, "labels": part} for part in ids]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids]
 
 
-def _ours(recipe: str, batches: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of attaching plain LoRA, and of attaching the recipe."""
-    import veneer
-
-    def took(recipe: str) -> float:
-        model = _model()
-        return seconds(lambda: veneer.attach(model, recipe, rank=RANK, calibration=batches))
-
-    return {"plain": took("lora"), "whole": took(recipe)}
-
-
-def _theirs(start: str) -> dict[str, float]:
-    def took(start: str | bool) -> float:
-        model = _model()
-        return seconds(lambda: _by_peft(model, start))
-
-    return {"plain": took(True), "whole": took(start)}
-
-
-def _by_peft(model: Any, start: str | bool) -> Any:
+def _by_peft(model: Any, start: str, batches: list[dict[str, Any]], targets: str = "all-linear") -> Any:
+    """PEFT's model with one of its starts, by the steps that its documentation gives."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
 
     torch.manual_seed(0)  # PEFT draws from the global generator
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=start)
-    return get_peft_model(model, config)
+    facts = {"r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    if start == "eva":
+        made = get_peft_model(model, LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), **facts))
+        initialize_lora_eva_weights(made, batches, show_progress_bar=False)
+        return made
+    if start == "lora_ga":
+        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **facts)
+
+        def step() -> None:
+            for batch in batches:
+                model(**batch).loss.backward()
+
+        preprocess_loraga(model, config, step)
+        return get_peft_model(model, config)
+    if start.startswith("corda"):
+        from peft.tuners.lora.config import CordaConfig
+        from peft.tuners.lora.corda import preprocess_corda
+
+        corda = CordaConfig(corda_method=start.removeprefix("corda-"))
+        config = LoraConfig(init_lora_weights="corda", corda_config=corda, **facts)
+
+        def look() -> None:  # it takes batches of one row
+            for batch in batches:
+                for row in batch["input_ids"]:
+                    model(input_ids=row[None])
+
+        preprocess_corda(model, config, run_model=look)
+        return get_peft_model(model, config)
+    return get_peft_model(model, LoraConfig(init_lora_weights=True if start == "plain" else start, **facts))
+
+
+# -- how exact ---------------------------------------------------------------------------------------------------------
 
 
 def _errors(limit: int | None) -> dict[str, dict[str, list[float]]]:
@@ -119,7 +195,7 @@ def _errors(limit: int | None) -> dict[str, dict[str, list[float]]]:
 
     adapter = veneer.attach(_model(), "lora+pissa", rank=RANK)
     pairs = {site.path: (A.detach(), B.detach(), float(scale)) for site, A, B, scale in adapter.pairs()}
-    peft = _by_peft(_model(), FAST)
+    peft = _by_peft(_model(), FAST, [])
     theirs = {
         path.removeprefix("base_model.model."): (
             layer.lora_A["default"].weight.detach().float(),
@@ -143,5 +219,21 @@ def _errors(limit: int | None) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def _arguments() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--only", nargs="+", choices=list(STARTS), help="some of the starts")
+    for own in ("--side", "--start", "--out"):
+        made.add_argument(own, help=argparse.SUPPRESS)
+    return made
+
+
 if __name__ == "__main__":
-    main("starts", measure, parser(__doc__).parse_args())
+    options = _arguments().parse_args()
+    if options.side:
+        try:
+            result = run(options.side, options.start, options.quick)
+        except UserError as error:
+            refuse(str(error))
+        Path(options.out).write_text(json.dumps(result), encoding="utf-8")
+    else:
+        main("starts", measure, options)
