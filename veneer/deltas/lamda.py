@@ -47,7 +47,7 @@ class LaMDA(Delta):
 
     Defaults: r = 64, α = 16, as in the published scripts; their learning rate is 3e-4, decay 0.1. That the projections
     are singular vectors is the paper's idea; the residual base W − U_rΣ_rV_rᵀ that "spectral" implies is inferred, and
-    the published code has only "released", without an SVD. All three starts equal the base, the first bit for bit. W
+    the published code has only "released", without an SVD. All three starts equal the base bit for bit. W
     is not written: what the start takes out of it shares A with what is learned, so all of it is one pair of rank r.
 
     Backward keeps xAᵀ and never x; dropout on x is replayed from a seed and keeps no mask. With "spectral" it would
