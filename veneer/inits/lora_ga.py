@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from veneer.core.hook import Init
+from veneer.core.delta import Delta
 from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.numerics import chance
 from veneer.numerics.svd import truncated_svd
-from veneer.parts.evidence import Evidence
+from veneer.parts.layerwise import GradientSum, LayerwiseInit
 
 
 @method("lora-ga", axis="init", paper="arXiv:2407.05000", system=14, wants=("pair",), defaults="lora")
-class LoRAGA(Init):
+class LoRAGA(LayerwiseInit):
     """The first step of B·A points where full fine-tuning would move W.
 
     G = ∂L/∂W over the calibration batches, G = UΣVᵀ, A₀ = c·V[:, I_A]ᵀ, B₀ = c·U[:, I_B] with disjoint I_A, I_B of the
@@ -37,7 +38,8 @@ class LoRAGA(Init):
 
     PEFT's port has another rule, ``rule="peft"``: A = V[:, I_A]ᵀ and B = c·U[:, I_B]Σ, so the size of the loss decides
     the size of B. W is not written here. Where 2r exceeds the rank of W, what is missing in one factor is zero; both
-    published codes fail. The decomposition is randomised, as theirs; ``sketch`` never forms G, and is less accurate.
+    published codes fail. The decomposition is randomised, as theirs. The gradients of one block exist at a time, for
+    one more forward pass; theirs hold all of them.
     """
 
     gamma: Annotated[float, At(gt=0, doc="γ of the stable scale; larger starts smaller")] = 16.0
@@ -50,24 +52,21 @@ class LoRAGA(Init):
     rule: Annotated[Literal["official", "peft"], At(doc="whether the singular values of G stay out of B")] = "official"
     clip: Annotated[bool, At(doc="shrink A and B where max|s·BA| exceeds max|W|")] = False
     exact: Annotated[bool, At(doc="a full decomposition of G")] = False
-    sketch: Annotated[bool, At(doc="gather a sketch of G in place of G")] = False
 
-    offset = True
+    offset: ClassVar[bool] = True
+    backward: ClassVar[bool] = True
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"weight_gradient_sketch" if self.sketch else "weight_gradient"})
+    def watcher(self, site: Site) -> GradientSum:
+        return GradientSum(site)
 
-    def components_wanted(self, form: dict[str, Any]) -> int:
-        """2r singular vectors of each gradient."""
-        return 2 * form["rank"]
-
-    def start(self, site: Site, slots: list[Any], evidence: Evidence, generator: torch.Generator) -> dict[str, Tensor]:
-        r, s = next(slot.shape[0] for slot in slots if slot.role == "factor_a"), self.delta.scale
+    def start_from(self, delta: Delta, found: GradientSum) -> dict[str, Tensor]:
+        site, s = delta.site, delta.scale
+        r = next(slot.shape[0] for slot in delta.slots() if slot.role == "factor_a")
         most = min(site.out_features, site.in_features)
         if r > most:
             raise UserError(f"lora-ga: rank={r} is more than the gradient at {site.path} has singular values, {most}")
-        U, S, Vh = self._gradient(site, evidence, min(2 * r, most), generator)
+        generator = chance.generator(self.seed, site.path, self.name)
+        U, S, Vh = self._gradient(site, found, min(2 * r, most), generator)
         into_A, into_B = self._shares(r, generator)
         A, B = _padded(Vh.T, into_A).T, _padded(U, into_B)
         sizes = _padded(S[None], into_B)[0]
@@ -78,16 +77,15 @@ class LoRAGA(Init):
             A, B = ratio * A, ratio * B
         return {"factor_a": A, "factor_b": B}
 
-    def _gradient(self, site: Site, evidence: Evidence, k: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The leading k singular triplets of G, which is let go."""
-        found = evidence[site]
-        G, sketch, found.gradient, found.sketch = found.gradient, found.sketch, None, None
-        if G is None and sketch is None:
+    def _gradient(
+        self, site: Site, found: GradientSum, k: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The leading k singular triplets of the mean gradient."""
+        if found.total is None:
             raise UserError(f"lora-ga: no gradient of the calibration loss reaches {site.path}; leave it out of sites")
-        triplets = truncated_svd(G, k, exact=self.exact, generator=generator) if sketch is None else sketch.svd(k)
-        if not torch.isfinite(triplets[1]).all():
+        if not torch.isfinite(found.total).all():
             raise UserError(f"lora-ga: the gradient at {site.path} is not finite; look at the calibration batches")
-        return triplets
+        return truncated_svd(found.total / self.count, k, exact=self.exact, generator=generator)
 
     def _shares(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """I_A and I_B, from 0."""

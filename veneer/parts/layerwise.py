@@ -64,6 +64,7 @@ class LayerwiseInit(Init):
     """
 
     backward: ClassVar[bool] = False  # whether gradients are wanted
+    count = 0  # calibration batches
 
     def watcher(self, site: Site) -> Watcher:
         """What gathers at a site; where no gradients are wanted, layers that read one tensor share the first's."""
@@ -82,7 +83,7 @@ class LayerwiseInit(Init):
         members: dict[str, list[Delta]] = {}
         for delta in adapter.members():
             members.setdefault(delta.site.path, []).append(delta)
-        sites = [s for s in inner_sites(adapter.sites) if s.path in members]
+        sites, self.count = [s for s in inner_sites(adapter.sites) if s.path in members], len(batches)
         with adapter.disabled():
             for site, found in layerwise(adapter.model, sites, batches, self.watcher, self.backward):
                 self._begin(members[site.path], found)
