@@ -1,8 +1,8 @@
 """Tasks on photographs: patches of the two pictures that scikit-learn carries, for networks that enlarge or restore.
 
 The left 400 columns of each picture are trained on, in patches; columns 410 to 500 choose rates, and those from 510 on
-are the test, each as a whole. Scores are peak signal-to-noise ratios in dB, means over the pictures. Seeds fix base
-networks and the order of batches.
+are the test, each as a whole. Scores are peak signal-to-noise ratios in dB, means over the pictures. Seeds fix what is
+drawn: base networks, patches, the order of batches.
 """
 
 from __future__ import annotations
@@ -128,13 +128,13 @@ def _span(channels: int, epochs: int, seed: int) -> nn.Module:
 class Restoring(Task):
     """Haze and lost pixels, which the base has not seen: a small NAFNet pre-trained by PROD, then adapted to patches.
 
-    The base trains on patches spoilt anew by ``data.degradations.prod``, for ``base_steps`` of eight; ``prod`` False
-    leaves it at random weights. The new task has ``shots`` patches of 32 × 32: haze of 20 to 60 % and 15 % of all
-    pixels black, the same in every epoch.
+    The base, one for all seeds, trains on patches spoilt anew by ``data.degradations.prod``, for ``base_steps`` of
+    eight; ``prod`` False leaves it at random weights, the seed's own. The new task has ``shots`` patches of 32 × 32:
+    haze of 20 to 60 % and 15 % of all pixels black, the same in every epoch.
     """
 
     channels: int = 8
-    base_steps: int = 300
+    base_steps: int = 1200
     prod: bool = True
     shots: int = 64
     epochs: int = 12
@@ -153,8 +153,9 @@ class Restoring(Task):
         return plain | {"epochs": self.epochs, "batch_size": self.batch}
 
     def model(self, seed: int) -> nn.Module:
-        """A copy of the base of this seed."""
-        return copy.deepcopy(_naf(self.channels, self.base_steps if self.prod else 0, seed))
+        """A copy of the base, or the untrained network of this seed."""
+        steps, own = (self.base_steps, 0) if self.prod else (0, seed)
+        return copy.deepcopy(_naf(self.channels, steps, own))
 
     def rows(self, part: str, seed: int = 0) -> dict[str, Tensor]:
         """Columns pixel_values and labels (n, 3, h, w); the seed chooses the training patches."""
@@ -199,7 +200,7 @@ def _naf(channels: int, steps: int, seed: int) -> nn.Module:
         generator, clean = torch.Generator().manual_seed(seed), patches(32)
         chosen = clean[torch.randint(len(clean), (8 * steps,), generator=generator)]
         spoilt = torch.stack([prod(image, generator) for image in chosen])
-        batches = Batches({"pixel_values": spoilt, "labels": chosen}, 8, seed)
-        descend(network, batches, 1, 2e-3)
+        for part, lr in ((slice(0, 6 * steps), 2e-3), (slice(6 * steps, None), 5e-4)):
+            descend(network, Batches({"pixel_values": spoilt[part], "labels": chosen[part]}, 8, seed), 1, lr)
 
-    return pretrained({"naf": channels, "steps": steps, "seed": seed, "version": 1}, make, train) if steps else make()
+    return pretrained({"naf": channels, "steps": steps, "seed": seed, "version": 2}, make, train) if steps else make()
