@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from veneer.core.hook import Plan
 from veneer.errors import UserError
 from veneer.parts import description, folding, state, trainability
 from veneer.parts.attach import attach
+
+if TYPE_CHECKING:
+    from veneer.io.certificate import Certificate
 
 __all__ = ["Adapter", "attach", "load"]
 
@@ -154,8 +157,12 @@ class Adapter(core.Adapter):
 
         return save(self, directory)
 
-    def export(self, path: str | Path, format: str = "peft", **options: Any) -> Path:
-        """Write the adapter for other tools: ``peft``, ``gguf`` or ``merged`` (the whole model, folded)."""
+    def export(self, path: str | Path, format: str = "peft", **options: Any) -> Path | Certificate:
+        """Write the adapter for other tools: ``peft``, ``peft-lora``, ``gguf`` or ``merged`` (the whole model, folded).
+
+        ``peft-lora`` makes plain LoRA of any form that folds, within ``rank=`` or ``tolerance=``, and returns what the
+        weights and the logits lost; the other formats return the path.
+        """
         from veneer.io.export import export
 
         return export(self, path, format=format, **options)

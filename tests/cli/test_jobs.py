@@ -140,6 +140,16 @@ def test_export_writes_what_other_tools_read(run, model, tmp_path, format, file)
     assert (out / file).is_file()
 
 
+def test_export_as_plain_lora_says_what_was_lost(run, model, tmp_path, capsys):
+    given = ["export", "--model", model, "--adapter", run[0] / "adapter", "--out", tmp_path / "plain"]
+    assert veneer(*given, "--format", "peft-lora", "--tolerance", 0.1) == 0
+    said = capsys.readouterr().out
+    assert "relative weight error 0.0" in said and "logit error" in said
+    assert (tmp_path / "plain" / "certificate.json").is_file()
+    assert veneer(*given[:-1], tmp_path / "other", "--rank", 2) == 2
+    assert "--rank is for --format peft-lora" in capsys.readouterr().err
+
+
 def test_export_refuses_to_write_over_something(run, model, tmp_path, capsys):
     assert veneer("export", "--model", model, "--adapter", run[0] / "adapter", "--out", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err

@@ -9,6 +9,11 @@ from types import SimpleNamespace
 import torch
 from models import make
 
+# What PEFT says of a base or a choice that is as meant here.
+KNOWN = ".*fan_in_fan_out|.*merging LoRA weights won't be possible|.*(not save|not to save|to not load)|.*cayley"
+KNOWN += "|Setting boft_n_butterfly_factor|Failed to load the CUDA extension|Unsupported layer type"
+KNOWN += "|.*rank_pattern keys did not match|Invalid `oft_block_size`"
+
 
 def saved(folder: Path, kind: str, *, initial: bool | str = False, form: str = "Lora", **config):
     """Make and save an adapter; returns (directory, PEFT's output on the case's batch, the PEFT model).
@@ -43,7 +48,7 @@ def loaded(directory: Path, kind: str):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*merging LoRA weights won't be possible")
+        warnings.filterwarnings("ignore", message=KNOWN)
         return PeftModel.from_pretrained(make(kind).model, str(directory))
 
 

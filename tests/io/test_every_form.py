@@ -23,7 +23,10 @@ def test_peft_gives_our_outputs_or_the_form_is_refused(method, kind, tmp_path):
         assert "merged" in str(refusal) or "own format" in str(refusal)
         assert not (tmp_path / "p").exists()
     else:
-        torch.testing.assert_close(run(loaded(tmp_path / "p", kind), case.batch), wanted, rtol=1e-5, atol=1e-5)
+        found = run(loaded(tmp_path / "p", kind), case.batch)
+        if method.name == "prompt":  # PEFT gives logits at the soft tokens too
+            found = found[:, -wanted.shape[1] :]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "kind"), FORMS, ids=name)

@@ -121,7 +121,7 @@ def test_keys_and_shapes_are_those_peft_writes(tmp_path, peft_directory):
 @pytest.mark.parametrize(
     ("kind", "recipe", "options", "words"),
     [
-        ("llama", "dora", {"format": "peft-lora"}, "dora at .* is not plain LoRA"),
+        ("llama", "dora", {"format": "peft-lora"}, "dora at .* is not plain LoRA; give rank"),
         ("llama", "lora", {"format": "pft"}, 'did you mean "peft"'),
         ("llama", "lora", {"format": "peft", "dtype": "f16"}, "has no option 'dtype'"),
     ],

@@ -78,6 +78,15 @@ def renamed(old, new):
     return tensors(lambda t: t.update({new: t.pop(old)}))
 
 
+def trained_rows(indices):
+    def damage(d):
+        config(trainable_token_indices=indices)(d)
+        rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}
+        tensors(lambda t: t.update(rows))(d)
+
+    return damage
+
+
 def emptied(d):
     for p in d.iterdir():
         p.unlink()
@@ -115,7 +124,13 @@ PEFT = {
     "a start on embeddings": (config(init_lora_weights="pissa"), "is for linear layers, and model.embed_tokens"),
     "aLoRA": (config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens=.* is not supported"),
     "replicated layers": (config(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),
-    "trained tokens": (config(trainable_token_indices=[1]), "trainable_token_indices=.* is not supported"),
+    "trained tokens without rows": (config(trainable_token_indices=[1]), "has no rows for trainable_token_indices"),
+    "trained tokens as text": (config(trainable_token_indices=["a"]), "trainable_token_indices is text"),
+    "rows beyond the vocabulary": (trained_rows([61]), r"token 61 is beyond .*resize_token_embeddings\(62\)"),
+    "rows of other tokens": (
+        trained_rows([1, 2, 3]),
+        r"trained rows of model.embed_tokens.weight have shape \(1, 32\)",
+    ),
     "expert parameters": (config(target_parameters=["experts.up"]), "target_parameters=.* is not supported"),
     "a field of the future": (config(use_magic=True), "use_magic=True is not supported"),
     "an unknown bias": (config(bias="some"), "bias is 'some'"),

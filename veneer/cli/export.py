@@ -1,4 +1,4 @@
-"""``veneer export``: carry an adapter to other tools."""
+"""``veneer export``: carry an adapter to other tools, and say what it lost on the way."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ def command(
     ],
     out: Annotated[str, typer.Option(help="Where to write; it must not exist yet.", show_default=False)],
     format: Annotated[
-        Literal["peft", "gguf", "merged"],
+        Literal["peft", "peft-lora", "gguf", "merged"],
         typer.Option(
-            help="peft: a directory for PEFT; gguf: a LoRA file for llama.cpp; merged: a transformers directory "
-            "with the change folded in."
+            help="peft: a directory for PEFT; peft-lora: the same as plain LoRA whatever the form, which servers load; "
+            "gguf: a LoRA file for llama.cpp; merged: a transformers directory with the change folded in."
         ),
     ] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="peft-lora: the largest rank of a layer.", min=1, show_default=False)
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="peft-lora: the relative error of the weights allowed, such as 0.01; the ranks follow from it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write an adapter for PEFT, llama.cpp, or folded in."""
     from pathlib import Path
@@ -32,9 +42,12 @@ def command(
 
     if Path(out).exists():
         raise UserError(f"--out {out} exists already; give another name or move it away")
+    options = {name: v for name, v in (("rank", rank), ("tolerance", tolerance)) if v is not None}
+    if options and format != "peft-lora":
+        raise UserError(f"--{next(iter(options))} is for --format peft-lora, and {format} was asked for")
     base, tokenizer = veneer.load_model(model)
     loaded = veneer.load(base, adapter)
-    written = loaded.export(out, format=format)
+    written = loaded.export(out, format=format, **options)
     if format == "merged" and tokenizer is not None:
         tokenizer.save_pretrained(out)
-    screen().print(f"wrote {written or out} ({format})", soft_wrap=True)
+    screen().print(f"wrote {written}" if format == "peft-lora" else f"wrote {written} ({format})", soft_wrap=True)

@@ -17,10 +17,13 @@ from veneer.core.adapter import Adapter
 from veneer.core.site import Site, all_sites, site_at
 from veneer.errors import UserError, nearest
 from veneer.fields import fields_of
-from veneer.io.files import read_tensors, same
+from veneer.io import peft_prompt, peft_whole
+from veneer.io.files import read_json, read_tensors, same, typed
 from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
+from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, PROMPTS, WHOLE, lie
 from veneer.io.peft_start import starts
 from veneer.io.peft_tensors import Content, check_layer, ending, sort, to_dense
+from veneer.io.peft_translate import tensors_of
 from veneer.models import architecture
 from veneer.models.fingerprint import base_fingerprint
 from veneer.parts.restore import attach_from
@@ -48,22 +51,49 @@ def read(
         UserError: naming the file and the field, tensor or module that does not fit.
     """
     directory = Path(directory)
+    kind = str(typed(read_json(directory / CONFIG), "peft_type", (str,), directory / CONFIG)).upper()
+    if kind in WHOLE:
+        return attach_from(model, *peft_whole.read(model, directory), name=name, force=True)
     config = read_config(directory / CONFIG)
     tensors = directory / TENSORS
-    content = sort(read_tensors(tensors), config.map.keys.values(), model, tensors)
+    if config.kind in PROMPTS:
+        return peft_prompt.read(model, config, read_tensors(tensors), tensors, name)
+    content = _content(config, kind, model, tensors)
     _check_selection(config, content, model, tensors)
     whole = {path: site_at(model, path) for path in content.sites}
     for path, site in whole.items():
-        check_layer(site)
+        check_layer(site, config.kind)
         _check_complete(config, content.sites[path], site, tensors)
     state = _whole_tensors(config, content, model, tensors, force)
     trained = [key.removeprefix("train:") for key in state]
     begun = starts(config, whole, model, None if initial is None else Path(initial))
-    parts = _parts(model, whole)
+    parts = _parts(config, model, whole)
     for path, site in whole.items():
         state |= _site_state(config, content.sites[path], site, parts[path], begun.get(path), tensors)
-    description = _description(config, parts, trained, model)
-    return attach_from(model, description, state, name=name, force=True)
+    description = _description(config, content, parts, trained, model)
+    adapter = attach_from(model, description, state, name=name, force=True)
+    _check_derived(adapter, content, tensors)
+    return adapter
+
+
+def _content(config: Config, kind: str, model: nn.Module, path: Path) -> Content:
+    """The tensors of the file, told apart."""
+    tensors = tensors_of(kind, read_tensors(path), path)
+    return sort(tensors, config.map.keys.values(), model, path, DERIVED.get(config.kind, ()))
+
+
+def _check_derived(adapter: Adapter, content: Content, path: Path) -> None:
+    """Projections in the file must be those that the key in the config gives, which are the ones that run."""
+    for name, copies in content.derived.items():
+        own = getattr(adapter.shared, name.rpartition("_")[2]).cpu()
+        if any(
+            t.shape != own.shape or not torch.allclose(t.float(), own.float(), rtol=1e-5, atol=1e-7) for t in copies
+        ):
+            adapter.remove()
+            raise UserError(
+                f"{path}: its {name} is not what projection_prng_key in {CONFIG} gives here: it was changed, or drawn "
+                "by another version; take the adapter to plain LoRA in PEFT (convert_to_lora) and load that"
+            )
 
 
 def _check_selection(config: Config, content: Content, model: nn.Module, path: Path) -> None:
@@ -97,11 +127,17 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check_complete(config: Config, own: dict[str, Tensor], site: Site, path: Path) -> None:
-    missing = [name for name in config.map.keys.values() if name not in own]
-    if missing:
+    if site.kind == "conv" and "lokr_w2" in own and len(site.module.kernel_size) == 1:
         raise UserError(
-            f"{path} has no {ending(site, missing[0])} for {site.path}; the file is incomplete: save it again"
+            f"{path}: PEFT's LoKr multiplies over the wrong axes at a Conv1d like {site.path}, so that no adapter here "
+            "would compute what it does there"
         )
+    products = {part for pair in ALTERNATIVES.values() for part in pair}
+    for name in (n for n in config.map.keys.values() if n not in products):
+        if name not in own and not all(n in own for n in ALTERNATIVES.get(name, (name,))):
+            raise UserError(
+                f"{path} has no {ending(site, name)} for {site.path}; the file is incomplete: save it again"
+            )
 
 
 def _whole_tensors(config: Config, content: Content, model: nn.Module, path: Path, force: bool) -> dict[str, Tensor]:
@@ -109,7 +145,7 @@ def _whole_tensors(config: Config, content: Content, model: nn.Module, path: Pat
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     saved = _saved_tensors(config, content, model, path)
     bias = config.raw.get("bias") or "none"
-    out: dict[str, Tensor] = {}
+    out = peft_whole.with_rows(model, config.raw.get("trainable_token_indices"), content.tokens, path)
     for name, value in (content.base | content.under).items():
         here = own[name]
         if here.shape != value.shape:
@@ -194,15 +230,17 @@ def _new_head(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if id(p) in own and ".veneer." not in f".{n}"]
 
 
-def _parts(model: nn.Module, whole: dict[str, Site]) -> dict[str, list[Site]]:
+def _parts(config: Config, model: nn.Module, whole: dict[str, Site]) -> dict[str, list[Site]]:
     """The sites that stand for each module: itself, or the row ranges of a fused projection."""
     parts: dict[str, list[Site]] = {path: [] for path in whole}
     for site in all_sites(model):
         if site.module_path in parts:
             parts[site.module_path].append(site)
-    bare = next((path for path, sites in parts.items() if not sites), None)
-    if bare is not None:
-        raise UserError(f"{bare} is a {type(whole[bare].module).__name__}, which cannot be adapted here")
+    for path, sites in parts.items():
+        if not sites:
+            raise UserError(f"{path} is a {type(whole[path].module).__name__}, which cannot be adapted here")
+        if len(sites) > 1 and any(lie(name, config.method.name).whole for name in config.map.keys.values()):
+            parts[path] = [whole[path]]
     return parts
 
 
@@ -215,34 +253,44 @@ def _site_state(
     path: Path,
 ) -> dict[str, Tensor]:
     """The state of one module's sites: slots, scale, and what its start moved out of the base."""
-    rank = config.rank(site.path)
-    dense = {slot: to_dense(site, name, own[name], rank, path) for slot, name in config.map.keys.items()}
-    shared = {slot for slot, name in config.map.keys.items() if name == "lora_A"}
+    rank = config.rank(site.path) if "rank" in config.map.fields else 0
+    keys = {slot: name for slot, name in config.map.keys.items() if name in own}
+    dense = {slot: to_dense(site, name, own[name], rank, path) for slot, name in keys.items()}
+    rows = {
+        slot: None if config.feeds_forward(site.path) else lie(name, config.method.name).rows
+        for slot, name in keys.items()
+    }
     state: dict[str, Tensor] = {}
     for part in parts:
-        rows = slice(None) if part.rows is None else part.rows
-        state |= {f"{part.path}.{slot}": t if slot in shared else t[rows] for slot, t in dense.items()}
+        for slot, t in dense.items():
+            at = rows[slot]
+            cut = part.rows is not None and at is not None
+            state[f"{part.path}.{slot}"] = t.narrow(at, part.rows.start, part.out_features) if cut else t
         if "alpha" in config.map.fields:
             state[f"{part.path}.scale"] = torch.tensor(config.scale(site.path), dtype=torch.float64)
         if start is not None:
-            state[f"{part.path}.offset.A"], state[f"{part.path}.offset.B"] = start[0], start[1][rows]
+            own_rows = slice(None) if part.rows is None else part.rows
+            state[f"{part.path}.offset.A"], state[f"{part.path}.offset.B"] = start[0], start[1][own_rows]
             state[f"{part.path}.offset.scale"] = torch.tensor(-config.scale(site.path), dtype=torch.float64)
     return state
 
 
-def _description(config: Config, parts: dict[str, list[Site]], trained: list[str], model: nn.Module) -> dict[str, Any]:
+def _description(
+    config: Config, content: Content, parts: dict[str, list[Site]], trained: list[str], model: nn.Module
+) -> dict[str, Any]:
     """What our own file would say of this adapter."""
     known = fields_of(config.method.cls)
     given = {o: config.raw[t] for o, t in config.map.fields.items() if o in known and config.raw.get(t) is not None}
     given |= {k: config.field(k) for k in given.keys() & {"rank", "alpha"}}
     given = {k: v for k, v in given.items() if k != "alpha" or v > 0}
+    given |= _read_from_tensors(config, content, given)
     inner = ", ".join(f"{k}={v!r}" for k, v in sorted(given.items()))
     own = {path: {k: config.field(k, path) for k in given.keys() & {"rank", "alpha"}} for path in parts}
     own = {path: {k: v for k, v in f.items() if v != given[k] and v > 0} for path, f in own.items()}
     fields = {site.path: own[path] for path, sites in parts.items() for site in sites if own[path]}
     paths = [site.path for sites in parts.values() for site in sites]
     return {
-        "recipe": f"{config.method.name}({inner})",
+        "recipe": f"{config.method.name}({inner}){_hook(config)}",
         "seed": 0,
         "select": list(dict.fromkeys(path.rpartition(".")[2] for path in parts)),
         "sites": paths,
@@ -251,3 +299,22 @@ def _description(config: Config, parts: dict[str, list[Site]], trained: list[str
         "phase": 0,
         "base": base_fingerprint(model, without=trained),
     }
+
+
+def _read_from_tensors(config: Config, content: Content, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields that the tensors tell better than the config's: paths for expressions, and what PEFT makes of a number."""
+    if "feedforward" in given:
+        return {"feedforward": tuple(path for path in content.sites if config.feeds_forward(path))}
+    if "factors" in given:  # without its CUDA kernel PEFT's BOFT makes one factor whatever is asked for
+        counts = {len(own["boft_R"]) for own in content.sites.values()}
+        return {"factors": counts.pop()} if len(counts) == 1 else {}
+    return {}
+
+
+def _hook(config: Config) -> str:
+    """What of a variant's config is a hook's with us."""
+    kasa = config.raw.get("kasa_config")
+    if kasa is None:
+        return ""
+    inner = ", ".join(f"{k}={float(kasa[k])!r}" for k in ("beta", "gamma") if k in kasa)
+    return f"+kasa-regulariser({inner})"

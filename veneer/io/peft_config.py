@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from veneer.core.registry import Method, PeftMap
 from veneer.core.site import type_named
 from veneer.errors import UserError, nearest
 from veneer.io.files import read_json, typed
+from veneer.io.peft_kinds import PROMPTS, TRANSLATED, VARIANT_FIELDS, VARIANTS, WHOLE
+from veneer.io.peft_translate import translated
 from veneer.models import architecture
 
 CONFIG = "adapter_config.json"
@@ -32,11 +35,17 @@ PREFIX = "base_model.model."
 BOOKKEEPING = frozenset(
     ("peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping")
     + ("runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core")
-    + ("qalora_group_size", "fan_in_fan_out")
+    + ("qalora_group_size", "fan_in_fan_out", "save_projection", "use_effective_conv2d", "init_ia3_weights")
+    + ("num_transformer_submodules", "num_attention_heads", "num_layers", "token_dim", "prompt_tuning_init")
+    + ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection")
+    + ("encoder_hidden_size",)
 )
+# Regularisers of training that our forms leave out; what was trained with them runs the same.
+LEFT_OUT = frozenset(("module_dropout", "rank_dropout", "rank_dropout_scale", "boft_dropout"))
 UNDERSTOOD = frozenset(
     ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
-    + ("modules_to_save", "bias", "use_rslora", "init_lora_weights", "ensure_weight_tying")
+    + ("modules_to_save", "bias", "use_rslora", "init_lora_weights", "ensure_weight_tying", "trainable_token_indices")
+    + tuple(VARIANT_FIELDS)
 )
 # What a field may be, and what the entries of a list in it.
 TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
@@ -47,8 +56,12 @@ TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "layers_pattern": ((list, str), (str,)),
     "rank_pattern": ((dict,), ()),
     "alpha_pattern": ((dict,), ()),
+    "feedforward_modules": ((list, str), (str,)),
     "use_rslora": ((bool,), ()),
     "use_dora": ((bool,), ()),
+    "save_projection": ((bool,), ()),
+    "kasa_config": ((dict,), ()),
+    "trainable_token_indices": ((list, dict), (int,)),
     "lora_bias": ((bool,), ()),
     "bias": ((str,), ()),
     "init_lora_weights": ((bool, str), ()),
@@ -69,8 +82,8 @@ class Config:
 
     @property
     def map(self) -> PeftMap:
-        """The method's own interchange map."""
-        return self.method.cls.peft
+        """The method's interchange map."""
+        return read_map(self.method)  # type: ignore[return-value]  # a config without one is not made
 
     @property
     def start(self) -> str:
@@ -81,6 +94,18 @@ class Config:
     def saved(self) -> list[str]:
         """The names in ``modules_to_save``."""
         return list(self.raw.get("modules_to_save") or [])
+
+    @property
+    def kind(self) -> str:
+        """The ``peft_type`` whose reader takes the file."""
+        return self.raw["peft_type"]
+
+    def feeds_forward(self, path: str) -> bool:
+        """Whether IA³ scales the inputs of the module at ``path``."""
+        names = self.raw.get("feedforward_modules") or []
+        if isinstance(names, str):
+            return re.fullmatch(names, path) is not None
+        return any(path.endswith(name) for name in names)
 
     def rank(self, path: str | None = None) -> int:
         """The rank of the module at ``path``; the default one without."""
@@ -115,10 +140,11 @@ class Config:
 def read_config(path: Path) -> Config:
     """Read and check ``adapter_config.json``; raises UserError naming a field that is mistyped or not supported."""
     raw = read_json(path)
-    kind = typed(raw, "peft_type", (str,), path)
-    method = _method(raw, kind, path)
-    fields = method.cls.peft.fields
-    typed(raw, "target_modules", TYPES["target_modules"][0], path)
+    raw = translated(raw, typed(raw, "peft_type", (str,), path), path)
+    method = _method(raw, raw["peft_type"], path)
+    fields = read_map(method).fields
+    if raw["peft_type"] not in PROMPTS:
+        typed(raw, "target_modules", TYPES["target_modules"][0], path)
     for field, (kinds, entry) in TYPES.items():
         value = typed(raw, field, kinds, path, None)
         for one in value if isinstance(value, list) else ():
@@ -128,6 +154,9 @@ def read_config(path: Path) -> Config:
         _positive(raw, fields["rank"], (int,), path)
         for key in raw.get("rank_pattern") or {}:
             _positive(raw["rank_pattern"], key, (int,), path)
+    for field in ("length", "block_size"):
+        if field in fields:
+            typed(raw, fields[field], (int,), path)
     if "alpha" in fields:
         typed(raw, fields["alpha"], (float,), path)
         for key in raw.get("alpha_pattern") or {}:
@@ -142,6 +171,11 @@ def own_map(cls: type) -> PeftMap | None:
     return vars(cls).get("peft")
 
 
+def read_map(method: Method) -> PeftMap | None:
+    """The map that reads a method's files: its own, or that of a variant."""
+    return own_map(method.cls) or VARIANTS.get(method.name)
+
+
 def _positive(content: Mapping[str, Any], field: str, kinds: tuple[type, ...], path: Path) -> None:
     if typed(content, field, kinds, path) <= 0:
         raise UserError(f"{path}: {field} is {content[field]}; a number above 0 was expected")
@@ -151,7 +185,9 @@ def _regular(raw: Mapping[str, Any], path: Path) -> None:
     """Check that whatever is used as a regular expression is one."""
     expressions = [*(raw.get("rank_pattern") or {}), *(raw.get("alpha_pattern") or {})]
     expressions += [
-        raw[f] for f in ("target_modules", "exclude_modules", "layers_pattern") if isinstance(raw.get(f), str)
+        raw[f]
+        for f in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
+        if isinstance(raw.get(f), str)
     ]
     expressions += raw.get("modules_to_save") or []
     for expression in expressions:
@@ -163,30 +199,49 @@ def _regular(raw: Mapping[str, Any], path: Path) -> None:
 
 def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
     """The registered method whose map reads this config: the one that explains the most of its constants."""
+    variant = next((name for field, name in VARIANT_FIELDS.items() if raw.get(field) is not None), None)
+    if variant is not None:
+        return registry.find(variant)
     mapped = [m for m in registry.methods() if own_map(m.cls) is not None]
+    # How tensors began, and whether the file holds what a seed gives, says nothing about the form.
+    constants = {
+        m.name: {k: v for k, v in m.cls.peft.config.items() if k != "save_projection" and (k, v) != _BEGUN}
+        for m in mapped
+    }
     fitting = [
         m
         for m in mapped
-        if m.cls.peft.type == kind.upper() and all(raw.get(k) == v for k, v in m.cls.peft.config.items())
+        if m.cls.peft.type == kind.upper() and all(raw.get(k) == v for k, v in constants[m.name].items())
     ]
     if not fitting:
-        types = sorted({m.cls.peft.type for m in mapped})
+        types = sorted({m.cls.peft.type for m in mapped} | set(TRANSLATED) | set(WHOLE))
         raise UserError(
             f"{path}: peft_type {kind!r} cannot be read{nearest(kind, types)}; supported: {', '.join(types)}"
         )
     # rsLoRA is a scale, which is read for every method, so any other constant says more about the form than it does.
     # Of forms whose files are alike, the one that bears the type's name.
-    constants = {m.name: m.cls.peft.config.keys() for m in fitting}
     return max(
-        fitting, key=lambda m: (len(constants[m.name] - {"use_rslora"}), len(constants[m.name]), m.name == kind.lower())
+        fitting, key=lambda m: (len(constants[m.name].keys() - {"use_rslora"}), len(constants[m.name]), _bears(m, kind))
     )
 
 
+_BEGUN = ("init_weights", True)
+
+
+def _bears(method: Method, kind: str) -> bool:
+    return method.name.replace("-", "") == kind.lower().partition("_")[0]
+
+
 def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> None:
-    mapped = method.cls.peft
+    mapped = read_map(method)
+    assert mapped is not None, "a method is chosen by its map"
     known = BOOKKEEPING | UNDERSTOOD | set(mapped.fields.values()) | mapped.config.keys()
+    for field in sorted(LEFT_OUT & raw.keys()):
+        if raw[field]:
+            warnings.warn(f"{path}: {field}={raw[field]!r} is not known to {method.name}; it runs the same, and would "
+                          "train on without it", stacklevel=3)  # fmt: skip
     for field, value in raw.items():
-        started = field == "init_weights" and value is True  # how the tensors began, which they no longer show
+        started = field in LEFT_OUT or (field == "init_weights" and isinstance(value, bool))
         if field not in known and not started and value not in (None, False, [], {}, ""):
             forms = sorted({m.name for m in registry.methods() if own_map(m.cls) is not None})
             raise UserError(
@@ -194,7 +249,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> N
                 f"{', '.join(forms)}, with the fields {', '.join(sorted(UNDERSTOOD | set(mapped.fields.values())))}"
             )
     bias = raw.get("bias") or "none"
-    if bias not in ("none", "all", "lora_only"):
+    if bias not in ("none", "all") and not bias.lower().endswith("_only"):
         raise UserError(f"{path}: bias is {bias!r}; 'none', 'all' or 'lora_only' was expected")
     start = str(raw.get("init_lora_weights", True)).lower()
     derived = start in DERIVED_STARTS or re.fullmatch(r"pissa_niter_\d+", start)

@@ -23,13 +23,15 @@ Start = tuple[Tensor, Tensor]
 
 
 def starts(config: Config, sites: dict[str, Site], model: nn.Module, initial: Path | None) -> dict[str, Start]:
-    """(A₀, B₀) of each module by path, in the dense view; empty when the start left the base alone.
+    """(A₀, B₀) of each module by path, in the dense view: s·B₀A₀ was moved. Empty when the start left the base alone.
 
     ``initial`` is the directory of the adapter before training, which stands above what can be derived.
     Raises UserError when the start is lost.
     """
     if initial is not None:
         return _given(config, sites, model, initial)
+    if config.raw.get("kasa_config") is not None:
+        return {path: kasa(site, config.rank(path), config.scale(path)) for path, site in sites.items()}
     if config.start in (*PLAIN_STARTS, "none"):
         return {}
     if config.start in LOST_STARTS:
@@ -75,6 +77,16 @@ def pissa(site: Site, rank: int, scale: float) -> Start:
     U, S, Vh = torch.linalg.svd(site.weight().float(), full_matrices=False)
     root = (S[:rank] / scale).sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+@torch.no_grad()
+def kasa(site: Site, rank: int, scale: float) -> Start:
+    """The ``rank`` smallest singular triplets of W, which KaSA drops whatever its scale."""
+    _linear(site, "kasa")
+    U, S, Vh = torch.linalg.svd(site.weight().float(), full_matrices=False)
+    if rank >= len(S):
+        raise UserError(f"KaSA of rank {rank} would drop all {len(S)} singular directions of {site.path}")
+    return Vh[-rank:], U[:, -rank:] * (S[-rank:] / scale)
 
 
 @torch.no_grad()

@@ -3,61 +3,121 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.delta import Written
+from veneer.core.delta import Delta, Written
 from veneer.core.registry import PeftMap
-from veneer.core.site import type_named
+from veneer.core.site import Site, site_at, type_named
 from veneer.errors import UserError
+from veneer.io import peft_own, peft_prompt, peft_whole
 from veneer.io.files import staged, write_json, write_tensors
-from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, first_match, own_map, selects
+from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, own_map
+from veneer.io.peft_kinds import KINDS, PROMPTS
+from veneer.io.peft_targets import HEADS, head, pattern, targets, whole_number
 from veneer.io.peft_tensors import check_layer, to_disk
 from veneer.io.plain import Factors, native_factors, plain_factors, whole_tensors
-from veneer.models import architecture
 
 PLAIN = PeftMap("LORA", fields={"rank": "r", "alpha": "lora_alpha"}, keys={"A": "lora_A", "B": "lora_B"})
-TASKS = {  # what a class of transformers is called at its end → PEFT's task type
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-# The heads that PEFT adds to modules_to_save by itself for a task, and then wants to find in the file.
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 MERGED = 'export with format="merged" writes the folded model'
 
 
-def write(adapter: Adapter, directory: str | Path, *, plain: bool = False) -> Path:
+def write(adapter: Adapter, directory: str | Path) -> Path:
     """Write the adapter as a PEFT directory; returns it.
 
-    A form that PEFT has (LoRA, rsLoRA, DoRA) is written as such, every other that is plain LoRA in effect as plain
-    LoRA, with each site's scale in alpha. ``plain`` writes plain LoRA in any case, which is what servers load.
+    A form that PEFT has is written as such, every other that is plain LoRA in effect as plain LoRA, with each site's
+    scale in alpha, and one that trains whole tensors only as these.
 
     Raises:
         UserError: what PEFT cannot express, with the nearest offer.
     """
     directory = Path(directory)
-    mapped = None if plain else _own_map(adapter)
+    config, tensors = _content(adapter)
+    with staged(directory, last=(CONFIG,)) as scratch:
+        write_tensors(scratch / TENSORS, tensors)
+        write_json(scratch / CONFIG, dict(sorted(config.items())))
+    return directory
+
+
+def _content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) in the form's own kind, else as plain LoRA."""
+    mapped = _own_map(adapter)
+    if not any(_factored(d) for d in adapter.deltas.values()):
+        made = _made_biases(adapter)
+        return lora(adapter, made) if made else peft_whole.content(adapter)
+    if mapped is None or mapped.type == "LORA":
+        return _plain(adapter, mapped)
+    if mapped.type in PROMPTS:
+        return peft_prompt.content(adapter, mapped)
+    try:
+        return _own(adapter, mapped)
+    except peft_own.Unfit as why:
+        try:
+            return _plain(adapter, None)
+        except UserError as refusal:
+            raise UserError(f"{why}; and {refusal}") from None
+
+
+def _made_biases(adapter: Adapter) -> list[Factors]:
+    """Biases that the layers do not have, as ``lora_bias`` beside a pair of nothing."""
+    made = []
+    for delta in adapter.deltas.values():
+        site = delta.site
+        if site.name == "bias" and site.module._parameters.get("bias") is None:
+            layer = site_at(adapter.model, site.module_path)
+            nothing = torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1)
+            made.append(Factors(layer, *nothing, 1.0, {"lora_B.bias": delta.weight(None).detach().float()}))
+    return made
+
+
+def _factored(delta: Delta) -> bool:
+    """Whether the delta is more than the new value of one base tensor."""
+    return not isinstance(delta, Written) and delta.site.name is None
+
+
+def _own(adapter: Adapter, mapped: PeftMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A kind that PEFT has beside LoRA."""
+    fields, tensors, sites = peft_own.content(adapter, mapped)
+    config = head(adapter, mapped.type, sites) | fields
+    if "feedforward_modules" in config:
+        config["feedforward_modules"] = _short(
+            adapter.model, config["feedforward_modules"], [s.path for s in sites], config["target_modules"]
+        )
+    return config, tensors | _saved(adapter, sites, config)
+
+
+def _short(model: nn.Module, inputs: list[str], paths: list[str], chosen: list[str] | str) -> list[str] | str:
+    """The modules that IA³ scales at their inputs, by names of ``target_modules`` where these tell them apart."""
+    if not inputs:
+        return []
+    names = targets(model, inputs)
+    alike = isinstance(names, list) and isinstance(chosen, list) and set(names) <= set(chosen)
+    if alike and {p for p in paths if p.endswith(tuple(names))} == set(inputs):
+        return names
+    return "|".join(re.escape(p) for p in inputs)
+
+
+def _plain(adapter: Adapter, mapped: PeftMap | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """LoRA: in the own form that ``mapped`` describes, else plain."""
     if mapped is None:
         factors, mapped = plain_factors(adapter, "a PEFT adapter"), PLAIN
     else:
         factors = native_factors(adapter, mapped.keys, "a PEFT adapter")
-    if not factors:
-        raise UserError(
-            f"{adapter.recipe} changes whole tensors only, and a PEFT directory needs a pair of factors; {MERGED}"
-        )
+    return lora(adapter, factors, mapped)
+
+
+def lora(
+    adapter: Adapter, factors: list[Factors], mapped: PeftMap = PLAIN, within: Iterable[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of PEFT's LoRA with these factors, and of the base tensors that change as a whole.
+
+    ``within`` are base tensors whose change is in the factors.
+    """
     tensors: dict[str, Tensor] = {}
     _even_bias(factors)
     for f in factors:
@@ -66,21 +126,19 @@ def write(adapter: Adapter, directory: str | Path, *, plain: bool = False) -> Pa
             key, tensor = to_disk(f.site, name, value)
             tensors[key] = tensor
     config = _config(adapter, factors, mapped)
-    tensors |= _saved(adapter, factors, config)
-    with staged(directory, last=(CONFIG,)) as scratch:
-        write_tensors(scratch / TENSORS, tensors)
-        write_json(scratch / CONFIG, dict(sorted(config.items())))
-    return directory
+    within = {*within, *(f"{f.path}.bias" for f in factors if f.site.bias() is None)}
+    return config, tensors | _saved(adapter, [f.site for f in factors], config, within)
 
 
 def _own_map(adapter: Adapter) -> PeftMap | None:
-    """The map by which all deltas can be written in their own form, if there is one of PEFT's LoRA family."""
-    deltas = [d for d in adapter.deltas.values() if not isinstance(d, Written) and d.site.name is None]
+    """The map by which all deltas can be written in their own form, where there is one."""
+    deltas = [d for d in adapter.deltas.values() if _factored(d)]
     maps = {type(d): own_map(type(d)) for d in deltas}
     mapped = next(iter(maps.values()), None)
-    if len(maps) != 1 or mapped is None or mapped.type != "LORA":
+    if len(maps) != 1 or mapped is None:
         return None
-    return mapped if {"lora_A", "lora_B"} <= set(mapped.keys.values()) else None
+    usable = mapped.type in PROMPTS or mapped.type in KINDS
+    return mapped if usable and (mapped.type != "LORA" or {"lora_A", "lora_B"} <= set(mapped.keys.values())) else None
 
 
 def _even_bias(factors: list[Factors]) -> None:
@@ -96,19 +154,13 @@ def _even_bias(factors: list[Factors]) -> None:
 
 
 def _config(adapter: Adapter, factors: list[Factors], mapped: PeftMap) -> dict[str, Any]:
-    model = adapter.model
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "task_type": _task(model),
-        "target_modules": targets(model, [f.path for f in factors]),
-    }
+    config = head(adapter, "LORA", [f.site for f in factors])
     config |= {k: v for k, v in mapped.config.items() if k != "use_rslora"}
     if any("lora_B.bias" in f.extras for f in factors):
         config["lora_bias"] = True
     ranks = {f.path: f.rank for f in factors}
     root = bool(mapped.config.get("use_rslora")) and all(f.rank == factors[0].rank for f in factors)
-    alphas = {f.path: _whole_number(f.scale * (f.rank**0.5 if root else f.rank)) for f in factors}
+    alphas = {f.path: whole_number(f.scale * (f.rank**0.5 if root else f.rank)) for f in factors}
     if root:
         config["use_rslora"] = True
     config["r"], ranks = pattern(ranks)
@@ -119,49 +171,20 @@ def _config(adapter: Adapter, factors: list[Factors], mapped: PeftMap) -> dict[s
     return config
 
 
-def _whole_number(value: float) -> int | float:
-    near = round(value)
-    return near if abs(value - near) <= 1e-9 * max(1, abs(near)) else value
-
-
-def _task(model: nn.Module) -> str | None:
-    bases = [c.__name__ for c in type(model).__mro__]
-    return next((task for end, task in TASKS.items() if any(b.endswith(end) for b in bases)), None)
-
-
-def targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
-    """The shortest ``target_modules`` that selects exactly ``paths``: last names, whole paths, or an expression."""
-    paths = list(paths)
-    modules = [p for p, _ in architecture.named_modules(model) if p]
-    names: list[str] = []
-    for last in dict.fromkeys(p.rpartition(".")[2] for p in paths):
-        meant = [p for p in paths if p.rpartition(".")[2] == last]
-        names += [last] if set(meant) == {m for m in modules if selects(m, [last], {})} else meant
-    if {m for m in modules if selects(m, names, {})} == set(paths):
-        return names
-    return "|".join(re.escape(p) for p in paths)
-
-
-def pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the most common value, a pattern for the modules that have another), such that each finds its own."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    other = {path: v for path, v in values.items() if v != common}
-    if all((other[k] if (k := first_match(other, path)) is not None else common) == v for path, v in values.items()):
-        return common, other
-    return common, {f"^{re.escape(path)}": v for path, v in other.items()}
-
-
-def _saved(adapter: Adapter, factors: list[Factors], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Whole tensors, and the fields that make PEFT load them; ``config`` is completed in place."""
-    model, whole = adapter.model, whole_tensors(adapter)
-    adapted = {f.path for f in factors}
+def _saved(
+    adapter: Adapter, sites: list[Site], config: dict[str, Any], within: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Whole tensors but those ``within`` the factors, and the fields that make PEFT load them, put into ``config``."""
+    model = adapter.model
+    whole = {name: value for name, value in whole_tensors(adapter).items() if name not in within}
+    adapted = {s.path for s in sites}
     out: dict[str, Tensor] = {}
     names: list[str] = []
     for name, value in whole.items():
         owner, _, last = name.rpartition(".")
         if owner not in adapted:
             names.append(owner)
-        elif last == "bias":
+        elif last == "bias" and config["peft_type"] == "LORA":
             config["bias"] = "lora_only"
             out[f"{PREFIX}{owner}.base_layer.bias"] = value
         else:

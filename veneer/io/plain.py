@@ -65,21 +65,32 @@ def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[
         return _by_layer(adapter, own, target)
 
 
-@torch.no_grad()
 def _as_lora(delta: Delta, target: str) -> Factors:
+    found = exact(delta)
+    if found is None:
+        raise UserError(
+            f"{delta.name} at {delta.site.path} is not plain LoRA and cannot be written as {target}; give rank= or "
+            'tolerance= with format="peft-lora" for the nearest pair, or export with format="merged" the folded model'
+        )
+    return found
+
+
+@torch.no_grad()
+def exact(delta: Delta) -> Factors | None:
+    """The change at one site as a plain pair, starts that moved the base included; None where it is none."""
     site = delta.site
     W, b = site.weight().float(), site.bias()
     start = b = b if b is None else b.float()
     pairs = []
-    for link in delta.under():
+    links = delta.under()
+    for at, link in enumerate(links):
         form = link.as_lora(W, b) if isinstance(link, Delta) else link.pair()
         if form is None:
-            raise UserError(
-                f"{delta.name} at {site.path} is not plain LoRA and cannot be written as {target}; "
-                'export with format="merged" writes the folded model'
-            )
+            return None
         pairs.append((form[0].detach().float(), form[1].detach().float(), form[2]))
-        W, b = W + form[2] * (pairs[-1][1] @ pairs[-1][0]), _shifted(b, form[3] if len(form) > 3 else None)
+        if at + 1 < len(links):
+            W = W + form[2] * (pairs[-1][1] @ pairs[-1][0])
+        b = _shifted(b, form[3] if len(form) > 3 else None)
     A, B, scale = stack(pairs)
     change = b if start is None or b is None else b - start
     changed = change is not None and bool(change.any())
@@ -100,7 +111,12 @@ def stack(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, fl
 
 
 def _by_layer(adapter: Adapter, form: Callable[[Delta], Factors], target: str) -> list[Factors]:
-    layers: dict[str, list[Factors]] = {}
+    return [joined(adapter, path, [form(d) for d in parts]) for path, parts in by_layer(adapter, target).items()]
+
+
+def by_layer(adapter: Adapter, target: str) -> dict[str, list[Delta]]:
+    """The deltas by layer, those on its row ranges together; refuses what is at no layer or has no factors."""
+    layers: dict[str, list[Delta]] = {}
     for path, delta in adapter.deltas.items():
         if isinstance(delta, Written) or delta.site.name is not None:
             continue
@@ -113,11 +129,11 @@ def _by_layer(adapter: Adapter, form: Callable[[Delta], Factors], target: str) -
             raise UserError(
                 f'{path} is a grouped convolution, whose change has no factors; export with format="merged"'
             )
-        layers.setdefault(delta.site.module_path, []).append(form(delta))
-    return [_whole(adapter, path, parts) for path, parts in layers.items()]
+        layers.setdefault(delta.site.module_path, []).append(delta)
+    return layers
 
 
-def _whole(adapter: Adapter, path: str, parts: list[Factors]) -> Factors:
+def joined(adapter: Adapter, path: str, parts: list[Factors]) -> Factors:
     """The row ranges of one layer as one layer: factors that share A keep their rank, others stack."""
     if parts[0].site.rows is None:
         return parts[0]
