@@ -1,4 +1,4 @@
-"""An hour of traffic (ten minutes for all but one policy), on an engine whose model only answers: every page is accounted for at every minute."""
+"""An hour of traffic (ten minutes but for one policy) on a model that only answers: every page is accounted for."""
 
 import random
 
