@@ -1,0 +1,62 @@
+"""Orthogonal factors: the rows of A and the columns of B are drawn towards an orthonormal set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import Tensor
+
+from veneer.core.hook import Objective, Run
+from veneer.core.registry import method
+from veneer.errors import UserError
+from veneer.fields import At
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+
+
+def orthogonality(factors: list[Tensor]) -> Tensor:
+    """The mean of ‖MMᵀ − I‖_F (not squared) over factors M (r, n); those of one shape are taken together."""
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for M in factors:
+        alike[M.shape].append(M)
+    norms = []
+    for same in alike.values():
+        M = torch.stack(same)
+        gram = M @ M.transpose(1, 2)
+        norms.append(torch.linalg.vector_norm(gram - torch.eye(M.shape[1], device=M.device), dim=(1, 2)))
+    return torch.cat(norms).mean()
+
+
+@method("orthogonal", axis="objective", paper="arXiv:2303.10512", system="61b", wants=("pair",), defaults="lora")
+class Orthogonal(Objective):
+    """γ times the mean of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F over all trained factors (Zhang et al. 2023, eq. 4).
+
+    With A (r, in) and B (out, r) as they are stored: gates and scales are left out. It makes the components of AdaLoRA
+    or TriAdaptLoRA differ, so that dropping one says something; any form with factors can have it.
+
+    γ = 0.5 is PEFT's default; the official scripts of AdaLoRA take 0.1 to 0.3. At a start of N(0, 0.02²) the term is
+    near √r and outweighs the task's loss at first. It reads the weights alone.
+    """
+
+    weight: Annotated[float, At(ge=0, doc="γ")] = 0.5
+
+    reads_outputs = False
+
+    def on_attach(self, adapter: Adapter) -> None:
+        if not self.factors():
+            raise UserError(f"orthogonal draws trained factors A and B together; {adapter.recipe} has none")
+
+    def factors(self) -> list[Tensor]:
+        """Every trained factor as (r, n)."""
+        found = []
+        for d in self.adapter.members():
+            tensors = [(s.role, getattr(d, s.name)) for s in d.slots()]
+            found += [t for role, t in tensors if role == "factor_a" and t.requires_grad]
+            found += [t.T for role, t in tensors if role == "factor_b" and t.requires_grad]
+        return found
+
+    def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
+        return self.weight * orthogonality(self.factors()) if self.weight else None
