@@ -1,0 +1,183 @@
+"""Comparisons: equal budgets, equal batches, the same numbers under two names, and nothing lost to a kill."""
+
+import json
+
+import pytest
+import torch
+
+from veneer.analysis.budget import Budget, rank_within, steps_for_tokens
+from veneer.analysis.compare import Comparison, Here
+from veneer.analysis.paired import adjusted, difference, verdict
+from veneer.analysis.trials import Setting
+from veneer.cli import main
+from veneer.errors import UserError
+from veneer.report.comparison_plots import front
+
+WORDS = ["say", "the", "colour", "of", "sky", "grass", "rose", "red", "blue", "green"]
+PAIRS = [("sky", "blue"), ("grass", "green"), ("rose", "red")]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A two-layer Llama of whole words, sixty questions about colours, and a text of the same words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("compare")
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    base = folder / "base"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(base)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(base)
+    rows = [
+        {"prompt": f"{'say ' * (i % 4)}the colour of {PAIRS[i % 3][0]}", "completion": f" {PAIRS[i % 3][1]}"}
+        for i in range(60)
+    ]
+    data, general = folder / "colours.jsonl", folder / "general.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    general.write_text(" ".join(WORDS * 40))
+    return Setting(model=str(base), data=str(data), general=str(general), batch_size=4, eval_rows=8)
+
+
+@pytest.fixture(scope="module")
+def here(setting):
+    return Here(setting)
+
+
+def compared(setting, here, out, recipes, budget=None, **options):
+    options = {"seeds": (0, 1), "search": 0, "lr": 1e-2, "rank": 2} | options
+    made = Comparison(setting, recipes, budget or Budget(steps=4), out=out, **options)
+    return made, made.run(runners=here)
+
+
+def test_one_recipe_under_two_names_gives_the_same_numbers_bit_for_bit(setting, here, tmp_path):
+    made, _ = compared(setting, here, tmp_path, ["pissa", "lora+pissa"])
+    for one, other in zip(made.finals_of("pissa"), made.finals_of("lora+pissa")):
+        for name in ("held_out_loss", "general_loss", "drift", "parameters", "tokens"):
+            assert one[name] == other[name]
+        assert [loss for *_, loss in one["curve"]] == [loss for *_, loss in other["curve"]]
+
+
+def test_every_recipe_spends_the_same_steps_and_tokens_and_starts_from_the_base(setting, here, tmp_path):
+    made, summary = compared(setting, here, tmp_path, ["lora", "dora", "ia3"])
+    runs = [f for r in summary["recipes"] for f in made.finals_of(r)]
+    assert {(f["steps_done"], f["seed"]) for f in runs} == {(4, 0), (4, 1)}
+    for seed in (0, 1):
+        assert len({f["tokens"] for f in runs if f["seed"] == seed}) == 1
+    assert len({f["held_out_before"] for f in runs}) == 1
+    assert len({f["general_loss_base"] for f in runs}) == 1
+
+
+def test_a_budget_of_parameters_chooses_ranks_and_refuses_what_cannot_shrink(setting, here, tmp_path):
+    counts = {r: here.bench.parameters("lora", r) for r in (1, 2, 3, 4)}
+    budget = Budget(steps=1, parameters=counts[3] + 1)
+    _, summary = compared(setting, here, tmp_path, ["lora", "dora"], budget, seeds=(0,))
+    assert [row["rank"] for row in summary["rows"]] == [3, 2]
+    assert all(row["parameters"]["mean"] <= counts[3] + 1 for row in summary["rows"])
+    with pytest.raises(UserError, match="has no rank to lower"):
+        compared(setting, here, tmp_path / "b", ["full"], budget)
+
+
+def test_tokens_buy_as_many_steps_as_hold_them(setting, here, tmp_path):
+    per_batch = here.bench.batch_tokens(0)
+    made, _ = compared(setting, here, tmp_path, ["lora"], Budget(tokens=60), seeds=(0,))
+    (run,) = made.finals_of("lora")
+    assert run["tokens"] >= 60 > run["tokens"] - per_batch(run["steps_done"] - 1)
+    assert run["tokens"] == sum(per_batch(k) for k in range(run["steps_done"]))
+    assert steps_for_tokens(10, lambda k: 4) == 3
+
+
+def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(setting, here, tmp_path):
+    class Dying(Here):
+        def __init__(self, bench, lives):
+            self.bench, self.lives, self.ran = bench, lives, []
+
+        def run(self, trials):
+            for trial in trials:
+                if not self.lives:
+                    raise KeyboardInterrupt
+                self.lives -= 1
+                self.ran.append(trial.key)
+                yield from Here.run(self, [trial])
+
+    options = {"seeds": (0, 1), "search": 2, "rank": 2}
+    first = Comparison(setting, ["lora", "dora"], Budget(steps=3), out=tmp_path / "broken", **options)
+    dying = Dying(here.bench, 5)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(runners=dying)
+    with open(tmp_path / "broken" / "trials.jsonl", "a") as log:
+        log.write('{"key": "half a li')
+    second = Comparison(setting, ["lora", "dora"], Budget(steps=3), out=tmp_path / "broken", **options)
+    living = Dying(here.bench, 99)
+    summary = second.run(runners=living)
+    assert len(dying.ran) == 5 and len(living.ran) == 8 - 5 and not set(dying.ran) & set(living.ran)
+    whole = Comparison(setting, ["lora", "dora"], Budget(steps=3), out=tmp_path / "whole", **options).run(runners=here)
+    for a, b in zip(summary["rows"], whole["rows"]):
+        assert a["held_out_loss"] == b["held_out_loss"] and a["lr"] == b["lr"]
+    with pytest.raises(UserError, match="another budget"):
+        Comparison(setting, ["lora"], Budget(steps=2), out=tmp_path / "whole", **options).run(runners=here)
+
+
+def test_the_command_leaves_table_plots_and_one_page_without_links(setting, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main.run(
+            ["compare", "lora", "dora", "--model", setting.model, "--data", setting.data, "--general", setting.general]
+            + ["--steps", "3", "--seeds", "2", "--lr", "1e-2", "--rank", "2", "--batch-size", "4", "--answers", "2"]
+            + ["--out", str(out)]
+        )
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "dora against lora: no difference" in text
+    names = {path.name for path in out.iterdir()}
+    assert {"report.html", "steps.png", "seconds.png", "scores.png", "pareto.png", "trials.jsonl"} <= names
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 4 and "<script" not in page
+    assert not [word for word in ('src="http', 'href="http', "@import") if word in page]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["lora", "lora"], "named twice"),
+        (["lorra"], "lora"),
+        (["lora", "--steps", "3", "--tokens", "5"], "one budget"),
+        (["lora", "--general", "nowhere.txt"], "nowhere.txt"),
+        (["lora", "--parameters", "3", "--steps", "1"], "rank 1 trains"),
+    ],
+)
+def test_mistakes_are_one_sentence(setting, tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        main.run(
+            ["compare", *arguments, "--model", setting.model, "--data", setting.data, "--out", str(tmp_path / "o")]
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_paired_statistics_agree_with_scipy():
+    from scipy import stats
+
+    first, second = [1.0, 1.2, 0.9, 1.4], [1.1, 1.5, 1.0, 1.5]
+    found, expected = difference(first, second), stats.ttest_rel(first, second)
+    assert found.p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert "can be claimed" in verdict("b", "a", difference([1.0, 2.0], [1.5, 1.6]), 0.9, "loss")
+    clear = difference([1.0, 1.2, 0.9, 1.4], [1.2, 1.5, 1.2, 1.7])
+    assert "b is better than a in loss" in verdict("b", "a", clear, clear.p, "loss")
+    assert "worse" in verdict("b", "a", clear, clear.p, "score", lower_is_better=False)
+
+
+def test_ranks_and_fronts():
+    assert rank_within(lambda r: 10 * r + 3, 57) == 5
+    with pytest.raises(UserError, match="rank 1"):
+        rank_within(lambda r: 100 * r, 50)
+    assert front([(3, 1), (1, 5), (2, 5), (2, 2)]) == [(1, 5), (2, 2), (3, 1)]

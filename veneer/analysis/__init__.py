@@ -1,0 +1,1 @@
+"""Looking at methods, weights and adapters: fair comparison, forgetting, what a budget buys."""
