@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.hook import Optim
 from veneer.core.registry import method
-from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import chance, quantize
-from veneer.numerics.svd import truncated_svd
+from veneer.numerics.subspace import frame_of, project, project_back
+from veneer.parts.tensor_steps import TensorOptimizer, TensorSteps
 
-if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter
-    from veneer.core.hook import Schedule
-
-Frame = dict[str, Tensor]  # "left" (m, r) and/or "right" (n, r), columns orthonormal
 SMALL = 4096  # moments with fewer entries stay in fp32
-UNPROJECTED = ("embed", "head", "norm", "bias")
-
-
-def frame_of(G: Tensor, rank: int, side: str, exact: bool = True, generator: torch.Generator | None = None) -> Frame:
-    """The leading singular vectors of G (m, n) on the side that is projected: the shorter one for ``std``."""
-    U, _, Vh = truncated_svd(G.float(), min(rank, *G.shape), exact=exact, generator=generator)
-    short, long = ("right", "left") if G.shape[0] >= G.shape[1] else ("left", "right")
-    wanted = {"std": (short,), "reverse_std": (long,), "full": ("left", "right")}.get(side, (side,))
-    return {name: {"left": U, "right": Vh.mT}[name].contiguous() for name in wanted}
-
-
-def project(G: Tensor, frame: Frame) -> Tensor:
-    """R = (LᵀG or G)·(V or 1): (m, r), (r, n) or (r, r)."""
-    G = frame["left"].mT @ G if "left" in frame else G
-    return G @ frame["right"] if "right" in frame else G
-
-
-def project_back(R: Tensor, frame: Frame) -> Tensor:
-    """The matrix (m, n) that R stands for."""
-    R = frame["left"] @ R if "left" in frame else R
-    return R @ frame["right"].mT if "right" in frame else R
 
 
 @method("galore", axis="optim", paper="arXiv:2403.03507", system=32, wants=("dense-gradient",), defaults="full")
-class GaLore(Optim):
+class GaLore(TensorSteps):
     """W itself trains, while Adam sees the gradient's leading r directions (Zhao et al. 2024).
 
     Every T steps V (in, r) becomes the leading right singular vectors of G = ∂L/∂W; then R = GV, Adam's normalised
@@ -85,84 +57,16 @@ class GaLore(Optim):
     svd: Annotated[Literal["exact", "randomized"], At(doc="how the subspace is found")] = "exact"
     on_refresh: Annotated[Literal["keep", "reset", "rotate"], At(doc="what becomes of the moments")] = "keep"
     bits: Annotated[Literal[32, 8], At(doc="a number of the moments")] = 32
-    per_layer: Annotated[bool, At(doc="step inside backward, one gradient alive at a time")] = False
     beta1: Annotated[float, At(ge=0, lt=1, doc="decay of the first moment")] = 0.9
     beta2: Annotated[float, At(ge=0, lt=1, doc="decay of the second moment")] = 0.999
     eps: Annotated[float, At(gt=0, doc="added to the root of the second moment")] = 1e-6
 
-    handles = ()
-
-    def groups(self, adapter: Adapter) -> list[dict[str, Any]]:
-        """The matrices that are projected, apart from what gets plain AdamW."""
-        deltas = [d for d in adapter.deltas.values() if d.site.role not in UNPROJECTED]
-        inside = {id(p) for d in deltas for p in d.parameters() if p.ndim >= 2}
-        chosen = [(n, p) for n, p in adapter.named_parameters() if id(p) in inside]
-        return [{"params": [p for _, p in chosen], "names": [n for n, _ in chosen], "projected": True}]
-
-    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        names = {p: name for name, p in self.adapter.named_parameters()}
-        if any(hasattr(p, "to_local") for p in names):
-            raise UserError("galore decomposes whole gradients, and these are sharded; train without FSDP")
+    def stepper(self, groups: list[dict[str, Any]], names: dict[nn.Parameter, str]) -> TensorOptimizer:
         return GaLoreAdamW(groups, self, names)
 
-    def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
-        blocked = {
-            "accumulation over micro-batches": schedule.accumulate > 1,
-            "clipping by the norm of all gradients": schedule.clip is not None,
-            "averaging gradients over processes": schedule.processes > 1,
-        }
-        wrong = next((what for what, hit in blocked.items() if hit), None)
-        if self.per_layer and wrong:
-            raise UserError(
-                f"galore(per_layer=True) frees each gradient inside backward, which leaves none for {wrong}; "
-                f"give accumulate=1 and clip=None and one process, or per_layer=False"
-            )
 
-    def before_step(self, step: int) -> None:
-        self._let_go()
-        if self.per_layer:
-            self.handles = tuple(
-                p.register_post_accumulate_grad_hook(self._step_now) for p in self.adapter.parameters()
-            )
-
-    def after_backward(self, step: int) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = ()
-
-    @torch.no_grad()
-    def _step_now(self, p: nn.Parameter) -> None:
-        """Inside backward: step one tensor and free its gradient."""
-        if not torch.isfinite(p.grad).all():
-            raise UserError(f"the gradient of {self.adapter.optimizer.names[p]} is not finite")
-        group = next(g for g in self.adapter.optimizer.param_groups if any(p is q for q in g["params"]))
-        self.adapter.optimizer.update(p, group)
-        p.grad = None
-
-
-class GaLoreAdamW(torch.optim.Optimizer):
+class GaLoreAdamW(TensorOptimizer):
     """AdamW as the official code has it, in the subspace for groups with ``projected``."""
-
-    def __init__(self, groups: list[dict[str, Any]], method: GaLore, names: dict[nn.Parameter, str]) -> None:
-        usual = {"lr": 1e-3, "betas": (method.beta1, method.beta2), "eps": method.eps, "weight_decay": 0.0}
-        super().__init__(groups, usual | {"projected": False})
-        self.method, self.names = method, names
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every tensor that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
-        return loss
 
     def update(self, p: nn.Parameter, group: dict[str, Any]) -> None:
         """Step one tensor by its gradient."""
