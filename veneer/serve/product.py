@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.serve.layout import ONE, Table
@@ -40,6 +39,7 @@ class Shrink:
     width: int
     rows: Tensor | None
     index: Tensor
+    offsets: Tensor
     weight: Tensor | None
 
 
@@ -51,7 +51,7 @@ class GroupPlan:
     take: Tensor  # for each row of B its place in the concatenated h
     index: Tensor
     offsets: Tensor
-    ones: Tensor  # what follows h: 1, then the weights of blends
+    ones: Tensor | None  # what follows h where a bias changes: 1, then the weights of blends
     gain: tuple[Tensor, Tensor, Tensor] | None  # index, offsets, weights
 
 
@@ -69,7 +69,8 @@ class Plan:
         """Add the change of ``group`` in ``layer`` to ``y`` (T, out), the base's output for ``x`` (T, in), in place."""
         plan = self.groups.get(group)
         if plan is not None:
-            self._sum(plan, layer, x[: self.count], y[: self.count])
+            whole = self.count == x.shape[0]
+            self._sum(plan, layer, x if whole else x[: self.count], y if whole else y[: self.count])
         for run, groups in self.runs:
             if group in groups:
                 self._multiply(groups[group], layer, x[run.start : run.stop], y[run.start : run.stop])
@@ -83,10 +84,12 @@ class Plan:
         parts = []
         for s in plan.shrinks:
             rows = x if s.rows is None else x.index_select(0, s.rows)
-            h = F.embedding_bag(s.index, self.pool.rows(s.width)[layer], mode="sum", per_sample_weights=rows)
+            source = self.pool.rows(s.width)[layer]
+            h = torch.embedding_bag(source, s.index, s.offsets, False, 0, False, rows.reshape(-1))[0]
             parts.append((h if s.weight is None else h * s.weight).view(-1))
-        parts.append(plan.ones)
-        h = torch.cat(parts).index_select(0, plan.take)
+        if plan.ones is not None:
+            parts.append(plan.ones)
+        h = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, plan.take)
         change = torch.embedding_bag(values, plan.index, plan.offsets, False, 0, False, h)[0]
         y.add_(change.view(y.shape))
 
@@ -116,11 +119,13 @@ class Plan:
         for width, found in sorted(entries.items()):
             rows = [row for row, _, _ in found]
             weights = [weight for _, _, weight in found]
+            index = np.stack([table.a for _, table, _ in found])
             shrinks.append(
                 Shrink(
                     width,
                     None if rows == list(range(self.count)) else self._ids(np.array(rows)),
-                    self._ids(np.stack([table.a for _, table, _ in found])),
+                    self._ids(index.reshape(-1)),
+                    self._ids(np.arange(len(found)) * index.shape[1]),
                     None if all(w == 1 for w in weights) else self._numbers(weights)[:, None],
                 )
             )
@@ -133,6 +138,7 @@ class Plan:
         """``one``: the place of the constant 1 in the concatenated h; blends have their weights there after it."""
         chunks = max(len(table.lengths) for row in rows for _, table, _ in row)
         ones = [1.0]
+        biased = any((table.column == ONE).any() for row in rows for _, table, _ in row)
         empty = np.zeros(chunks, np.int64)
         index, take, lengths, gain, gain_weight, gain_lengths = [], [], [], [], [], []
         for row in rows:
@@ -169,7 +175,7 @@ class Plan:
             self._ids(np.concatenate(take)),
             self._ids(np.concatenate(index)),
             self._ids(_starts(lengths)),
-            self._numbers(ones),
+            self._numbers(ones) if biased else None,
             found,
         )
 

@@ -41,7 +41,7 @@ def choose(logits: Tensor, requests: Sequence[Any]) -> list[Choice]:
 
     A request has ``sampling`` and ``generated``; its generator is made on first use and kept on it.
     """
-    tokens = logits.argmax(-1).tolist()
+    tokens = likeliest(logits)
     out = [Choice(t) for t in tokens]
     for row, request in enumerate(requests):
         s = request.sampling
@@ -50,6 +50,13 @@ def choose(logits: Tensor, requests: Sequence[Any]) -> list[Choice]:
         if s.logprobs is not None:
             out[row] = scored(logits[row].float(), out[row].token, s.logprobs)
     return out
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The index of the largest logit of each row; of equal ones the first."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1).tolist()
+    return logits.float().numpy().argmax(-1).tolist()  # torch's own takes six times as long, thirty in bf16
 
 
 def generator(request: Any) -> torch.Generator:
