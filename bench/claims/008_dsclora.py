@@ -46,7 +46,7 @@ CLAIM = Claim(
         "full": With("full", sites="conv"),
         "base": With(function=nothing, rates=(0,)),
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=3,
     sweep_seeds=1,
     rule=every(above("dsclora", "base"), above("dsclora", "conv-lora")),

@@ -136,7 +136,7 @@ CLAIM = Claim(
     "included, beyond what a new head alone does.",
     task=Enlarged(),
     contestants=FORMS,
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(1e-3, 3e-3, 1e-2),
     seeds=3,
     sweep_seeds=1,
     rule=every(*(above(name, "head") for name in FORMS if name != "head")),
