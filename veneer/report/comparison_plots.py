@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Distinct for most kinds of colour vision (Okabe and Ito 2008), readable on white and on near-black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7F7F7F")
+DECADE = 10  # spread of the parameters beyond which their axis is logarithmic
 TEXT = "#808080"  # reads on light and on dark
 COSTS = {
     "parameters": ("trained parameters", 1.0),
@@ -95,6 +96,8 @@ def _curves(curves: dict[str, Any], colours: dict[str, str], at: int, label: str
         x = [statistics.fmean(run[i][at] for run in runs) for i in range(length)]
         y = smoothed([statistics.fmean(run[i][2] for run in runs) for i in range(length)])
         axes.plot(x, y, color=colours[recipe], linewidth=1.8, label=recipe)
+    if at == 0:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(label)
     axes.set_ylabel("training loss, smoothed")
     _legend(axes)
@@ -127,8 +130,12 @@ def _pareto(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
         for row, (x, y) in zip(rows, points):
             a.plot(x, y, "o", color=colours[row["recipe"]], markersize=8, label=row["recipe"])
         a.set_xlabel(label)
-        if measure == "parameters" and points and min(p[0] for p in points) > 0:
+        if measure == "parameters" and points and max(points)[0] > DECADE * min(points)[0] > 0:
             a.set_xscale("log")
+        else:
+            a.ticklabel_format(axis="x", style="plain", useOffset=False)
+            a.locator_params(axis="x", nbins=4)
+            a.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value / 1e6:.3g} M")
     axes[0].set_ylabel("held-out loss")
     _legend(axes[-1])
     return figure

@@ -125,3 +125,26 @@ def scores_table(columns: dict[str, dict[str, float]]) -> Table:
 def _cut(text: str, width: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def plan_table(forecasts: Sequence[Any], room: int) -> Table:
+    """What recipes will cost: parameters, file, optimiser state, peak memory, step and run time, whether it fits."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("recipe", "parameters", "file", "optimiser", "peak memory", "start", "step", "run", "fits"):
+        table.add_column(name, justify="left" if name in ("recipe", "fits") else "right")
+    for f in forecasts:
+        known, steps = f.probed, f.job.steps
+        table.add_row(
+            f.job.recipe,
+            f"{f.parameters:,}",
+            f"{f.adapter_bytes / 2**20:.1f} MiB",
+            f"{f.optimizer_bytes / 2**20:.1f} MiB",
+            f"{'' if known else '> '}{f.memory / 2**30:.2f} GiB",
+            f"{f.start:.1f} s",
+            f"{f.step:.2f} s" if known else "",
+            f"{f.step * steps / 60:.1f} min" if known and steps else "",
+            "yes" if f.fits(room) else "no",
+        )
+    return table
