@@ -10,6 +10,7 @@ from small_runs import encoded, llama
 from torch import nn
 
 import veneer
+from veneer.numerics.svd import fix_signs
 from veneer.optim.fira import Fira, FiraAdamW, limit_growth, row_scales
 from veneer.optim.galore import GaLore, GaLoreAdamW
 
@@ -107,6 +108,27 @@ def test_state_is_the_formula():
     for shape in ((8, 4), (4, 8)):
         state = stepped([torch.randn(shape)], rank=2)[2]
         assert sum(v.numel() for k, v in state.items() if k != "step") == 4 * 2 + 2 * 8 * 2 + 1
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
+def test_steps_are_those_of_the_fira_package(shape, alpha, monkeypatch):
+    published = pytest.importorskip("fira.fira_adamw", reason="the fira package is not installed").AdamW
+    svd = torch.linalg.svd
+
+    def same_signs(M, full_matrices=True):  # an SVD's signs are free, and stale moments feel them after a refresh
+        U, S, Vh = svd(M, full_matrices=full_matrices)
+        return *fix_signs(U, Vh)[:1], S, fix_signs(U, Vh)[1]
+
+    monkeypatch.setattr(torch.linalg, "svd", same_signs)
+    gradients, p = list(torch.randn(5, *shape)), nn.Parameter(torch.zeros(shape))
+    group = {"params": [p], "rank": 2, "update_proj_gap": 2, "alpha": alpha, "proj_type": "std"}
+    theirs = published([group], lr=1.0, weight_decay=0.1, no_deprecation_warning=True)
+    for g in gradients:
+        p.grad = g.clone()
+        theirs.step()
+    ours = stepped(gradients, decay=0.1, rank=2, gap=2, scale=alpha, scaling="official")[0]
+    assert torch.allclose(ours, p, atol=1e-4)
 
 
 def test_what_is_not_projected_gets_galores_adamw():
