@@ -40,9 +40,10 @@ class SALT(Delta):
     losses; the official trainer has 0.01, its configuration 0.
 
     The official code puts a ReLU over all of C, which deletes negative mixing terms with their gradients and makes the
-    change of full rank: ``clip="matrix"``. By default only new singular values are kept from falling below zero. It
-    also draws every layer's X from one seed, and for SAM starts X and Y off the base. ``a`` is held as a difference, so
-    that decay pulls to W and not to zero.
+    change of full rank: ``clip="matrix"``. It also draws every layer's X from one seed, and for SAM starts X and Y off
+    the base. By default only new singular values are kept from falling below zero; one that is has no gradient any
+    more, which tells at large rates: ``clip="none"`` lets values change sign. ``a`` is held as a difference, so that
+    decay pulls to W and not to zero.
 
     W is not touched: the change is a pair of rank k + q, [U_{1:k}·diag(…) , U_{k+1:m}X] and [V_{1:k}ᵀ; YV_{k+1:m}ᵀ],
     assembled in each forward (officially W′ is). The file holds a, b, X and Y; the vectors are found in W again, in
