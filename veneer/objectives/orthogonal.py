@@ -30,7 +30,7 @@ def orthogonality(factors: list[Tensor]) -> Tensor:
     return torch.cat(norms).mean()
 
 
-@method("orthogonal", axis="objective", paper="arXiv:2303.10512", system="61b", wants=("pair",), defaults="lora")
+@method("orthogonal", axis="objective", paper="arXiv:2303.10512", system="61b", defaults="lora")
 class Orthogonal(Objective):
     """γ times the mean of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F over all trained factors (Zhang et al. 2023, eq. 4).
 
@@ -50,9 +50,13 @@ class Orthogonal(Objective):
             raise UserError(f"orthogonal draws trained factors A and B together; {adapter.recipe} has none")
 
     def factors(self) -> list[Tensor]:
-        """Every trained factor as (r, n)."""
+        """Every trained factor as (r, n); of a form that keeps them in pieces, put together."""
         found = []
         for d in self.adapter.members():
+            if hasattr(d, "factors"):
+                A, B = d.factors()
+                found += [A, B.T]
+                continue
             tensors = [(s.role, getattr(d, s.name)) for s in d.slots()]
             found += [t for role, t in tensors if role == "factor_a" and t.requires_grad]
             found += [t.T for role, t in tensors if role == "factor_b" and t.requires_grad]
