@@ -173,3 +173,22 @@ def test_a_classifier_gets_a_head_for_the_classes_of_the_data(model, tmp_path, c
     assert veneer("train", "--model", model, "--data", data, "--out", out, *settings) == 0
     assert json.loads((out / "run.json").read_text())["held_out"]["scores"]["accuracy"] == 1.0
     assert "head  base tensor" in capsys.readouterr().out
+
+
+def test_inspect_looks_at_a_model_and_at_what_an_adapter_did(model, run, tmp_path, capsys):
+    folder, _ = run
+    assert veneer("inspect", "--model", model) == 0
+    assert "sites" in capsys.readouterr().out
+    assert (
+        veneer("inspect", folder / "adapter", folder / "adapter", "--model", model, "--out", tmp_path / "i.json") == 0
+    )
+    text = capsys.readouterr().out
+    assert "intruders among" in text and "mean cosine 1.000" in text
+    assert json.loads((tmp_path / "i.json").read_text())["compared"]
+    assert veneer("inspect", tmp_path / "nothing", "--model", model) == 2
+
+
+def test_plan_says_what_fits_and_refuses_what_does_not(model, capsys):
+    assert veneer("plan", "lora", "full", "--model", model, "--length", 16, "--batch-size", 2) == 0
+    assert "peak memory" in capsys.readouterr().out
+    assert veneer("plan", "full", "--model", model, "--length", 16, "--memory", "1k") == 2

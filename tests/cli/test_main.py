@@ -10,7 +10,7 @@ import typer
 
 from veneer.cli import main
 
-COMMANDS = ["demo", "train", "data", "eval", "chat", "export", "methods"]
+COMMANDS = ["demo", "train", "compare", "plan", "inspect", "data", "eval", "chat", "export", "serve", "methods"]
 
 
 def veneer(capsys, *arguments):

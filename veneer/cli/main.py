@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from veneer.cli import chat, compare, data, demo, eval, export, methods, plan, serve, train
+from veneer.cli import chat, compare, data, demo, eval, export, inspect, methods, plan, serve, train
 from veneer.errors import UserError
 from veneer.train.interrupt import Interrupted
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes leave the sentences no room, and their packages take a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, compare, plan, data, eval, chat, export, serve, methods):
+for command in (demo, train, compare, plan, inspect, data, eval, chat, export, serve, methods):
     app.command(name=command.__name__.rpartition(".")[2])(command.command)
 
 

@@ -1,0 +1,101 @@
+"""Intruders by the sheet's closed forms and against PEFT; what a look at an adapter must find."""
+
+import pytest
+import torch
+from models import make
+
+import veneer
+from veneer.analysis.inspection import compared, inspect
+from veneer.analysis.intruders import effective_rank, intruders, overlap, shrunk
+from veneer.errors import UserError
+from veneer.numerics.factored import recompress
+
+
+@pytest.mark.parametrize(
+    "a, S, c",
+    [
+        (2, (4.0665, 1.5581, 0.8181), (0.9579, 0.7909, 0.7511)),
+        (5, (6.3668, 1.5439, 0.4027), (0.8514, 0.8350, 0.8233)),
+        (20, (20.6785, 1.6510, 0.0634), (0.6678, 0.8290, 0.8239)),
+    ],
+)
+def test_values_and_similarities_of_the_sheet(a, S, c):
+    u, v = torch.ones(3) / 3**0.5, torch.tensor([1.0, -1.0, 0.0]) / 2**0.5
+    found = intruders(
+        torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([3.0, 2.0, 1.0])) + a * u[:, None] * v
+    )
+    torch.testing.assert_close(found.S, torch.tensor(S), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.similarity, torch.tensor(c), atol=1e-4, rtol=0)
+    assert found.count == 0
+
+
+def test_one_planted_direction_is_one_intruder_and_shrinking_scales_it():
+    W0, u = torch.diag(torch.arange(5.0, 0.0, -1.0)), torch.ones(5) / 5**0.5
+    A, B = u[None], u[:, None]
+    found = intruders(W0, W0 + 100 * B @ A)
+    assert found.count == 1 and float(found.S[0]) == pytest.approx(103.020, abs=1e-3)
+    assert float(found.similarity[0]) == pytest.approx(0.4562, abs=1e-4)
+    for factor in (1.0, 0.75, 0.0):
+        A2, B2 = shrunk(A, B, 100.0, found, factor)
+        left = torch.linalg.svdvals(W0 + B2 @ A2)
+        kept = torch.cat([found.S[1:], found.S[:1] * factor]).sort(descending=True).values
+        torch.testing.assert_close(left, kept, atol=2e-3, rtol=1e-4)
+
+
+def test_shrinking_to_the_rank_gives_pefts_product():
+    peft_intruders = pytest.importorskip("peft.tuners.lora.intruders")
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 48, bias=False))
+    W0 = model[0].weight.detach().clone()
+    wrapped = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
+    layer = wrapped.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_().mul_(3)
+        layer.lora_A["default"].weight.normal_()
+    A, B = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
+    peft_intruders.reduce_intruder_dimension(wrapped, logging_sink=None)
+    theirs = 2.0 * layer.lora_B["intruder_reduced"].weight @ layer.lora_A["intruder_reduced"].weight
+    found = intruders(W0, W0 + 2.0 * B @ A)
+    assert found.count > 0
+    A2, B2 = recompress(*shrunk(A, B, 2.0, found), 3)[:2]
+    torch.testing.assert_close(B2 @ A2, theirs.detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_at_its_start_changed_nothing_and_one_far_away_spikes():
+    model = make("llama").model
+    adapter = veneer.attach(model, "lora", rank=2)
+    report = inspect(adapter)
+    assert report["totals"]["intruders"] == 0 and "changed nothing" in report["warnings"][0]
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            p.normal_(generator=torch.Generator().manual_seed(len(name))).mul_(5)
+    report = inspect(adapter)
+    assert any("larger than the weight" in w for w in report["warnings"])
+    assert sum(b["sites"] for b in report["blocks"]) == len(adapter.sites)
+    assert 0 < report["sites"][0]["effective_rank"] <= 2.001
+
+
+def test_two_adapters_that_are_one_overlap_wholly():
+    model = make("llama").model
+    first, second = (veneer.attach(model, "lora", rank=2, name=n) for n in "ab")
+    for adapter in (first, second):
+        with torch.no_grad():
+            for name, p in adapter.named_parameters():
+                p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    found = compared(first, second, rank=2)
+    assert all(f["cosine"] == pytest.approx(1, abs=1e-4) and f["overlap"] == pytest.approx(1, abs=1e-3) for f in found)
+    assert overlap(torch.diag(torch.tensor([1.0, 0])), torch.diag(torch.tensor([0, 1.0])), 1) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_effective_rank_counts_equal_values():
+    assert effective_rank(torch.ones(5)) == pytest.approx(5, rel=1e-6) and effective_rank(torch.zeros(3)) == 0
+
+
+def test_a_form_without_a_matrix_is_refused():
+    adapter = veneer.attach(make("llama").model, "bitfit")
+    with pytest.raises(UserError, match="no weight matrix"):
+        inspect(adapter)
