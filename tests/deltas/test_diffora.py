@@ -215,6 +215,17 @@ def test_it_saves_shared_pairs_once_and_folds_each_user_alone(tmp_path):
     assert torch.equal(adapter.model(x), y)
 
 
+@pytest.mark.parametrize("relax", ["sigmoid", "columns"])
+def test_what_was_saved_in_the_search_runs_the_same(relax, tmp_path):
+    adapter, x = attached(f"diffora+diffora-ranks(relax='{relax}')"), data()[0][0]
+    adapter.hooks[0].scores["a"].data.normal_()
+    adapter.hooks[0].apply()
+    for p in adapter.parameters():
+        p.data.add_(0.3)
+    adapter.save(tmp_path / "a")
+    assert torch.equal(veneer.load(Stack(), tmp_path / "a").model(x), adapter.model(x))
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="start that moves part of W"):
         attached("diffora+pissa")

@@ -153,7 +153,7 @@ class DiffoRARanks(Bilevel):
             raise UserError(f"diffora-ranks chooses among pairs of the form diffora, not {other.name}; write 'diffora'")
         super().on_attach(adapter)
         self.began: dict[str, Tensor] = {}
-        if self.searching:
+        if self.searching and all(d.weighting == 0.5 for d in adapter.deltas.values()):
             self.apply()
 
     def scores_of(self, adapter: Adapter) -> dict[str, Tensor]:
