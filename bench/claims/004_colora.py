@@ -26,7 +26,7 @@ CLAIM = Claim(
         "full": With("full(norms=True)", sites="conv"),
         "scratch": With("full(norms=True)", sites="conv", task=Restoring(prod=False)),
     },
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     sweep_seeds=1,
     rule=every(above("full", "scratch"), at_least("colora", 0.5, on="biases ahead"), above("colora", "lora")),
