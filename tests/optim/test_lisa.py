@@ -7,7 +7,7 @@ from small_runs import encoded, llama
 from torch import nn
 
 import veneer
-from veneer.optim.lisa import drawn
+from veneer.parts.drawn_blocks import drawn
 
 
 def snapshot(adapter):
