@@ -147,7 +147,7 @@ def test_export_as_plain_lora_says_what_was_lost(run, model, tmp_path, capsys):
     assert "relative weight error 0.0" in said and "logit error" in said
     assert (tmp_path / "plain" / "certificate.json").is_file()
     assert veneer(*given[:-1], tmp_path / "other", "--rank", 2) == 2
-    assert "--rank is for --format peft-lora" in capsys.readouterr().err
+    assert "--rank is for --format peft-lora or gguf" in capsys.readouterr().err
 
 
 def test_export_refuses_to_write_over_something(run, model, tmp_path, capsys):
