@@ -19,12 +19,15 @@ EXAMPLES = {  # what a name alone does not say
     "lst-fisher": "lst(reduction=4)+lst-fisher",
     "miss-mini": "miss-mini(columns=2)",
     "colora": "colora(points=2, steps=2)",
+    "n2n": "n2n(epochs=1, rollouts=2, steps=1, ranks=(0, 4))",
+    "flexora": "flexora(steps=2, batches=1, lr=0.01)",
     "s2ft": "s2ft(v=0.5, o=0.25, u=0.1, d=0.1)",
     "s2-lora-ranks": "s2-lora(shrink=1.5, normalise=True)",
     "composable-sft-ranks": "composable-sft(proportion=0.1, select='random')",
 }
 MODELS = {  # forms on whole modules, which not every architecture has
     "mixlora": ("llama", "gpt2", "t5"),
+    "flexora": ("llama", "gpt2", "bert", "vit", "t5"),
     "lst": ("llama", "gpt2", "bert", "vit"),
     "lst-fisher": ("llama", "bert"),
     "mosa": ("llama", "gpt2", "vit", "t5"),
