@@ -127,7 +127,7 @@ FORMS = {
     "oft": form("oft(block_size=8)"),
     "vera": form("vera(rank=64)"),
     "conv-lora": form("conv-lora", rank=2),
-    "head": With("full", sites=["_fc"]),
+    "head": With("full", sites=["_fc"], rates=(1e-2, 3e-2, 1e-1)),
 }
 CLAIM = Claim(
     number=0,
@@ -138,9 +138,9 @@ CLAIM = Claim(
     contestants=FORMS,
     rates=(1e-3, 3e-3, 1e-2),
     seeds=3,
-    sweep_seeds=1,
     rule=every(*(above(name, "head") for name in FORMS if name != "head")),
     measures={"folded error": folded_error},
+    note="The head alone is swept higher, where its best rates lie: with 20 steps it does not get far at the others.",
 )
 
 if __name__ == "__main__":
