@@ -16,7 +16,7 @@ CLAIM = Claim(
         "values alone, unclipped": With("salt(ratio=1.0, clip='none')"),
         "lora": With("lora(rank=4, alpha=8)"),
     },
-    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     seeds=5,
     rule=every(above("salt", "lora"), above("salt", "values alone"), above("salt", "values alone, unclipped")),
     note="The clipped matrix is the official code's form; LoRA has 1.8 times SALT's parameters.",
