@@ -9,7 +9,6 @@ from torch import nn
 
 import veneer
 from veneer.core.hook import Schedule
-from veneer.errors import UserError
 from veneer.ranks.dynamic_rank import soft_threshold, thresholds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -122,9 +121,17 @@ def test_a_task_that_keeps_nothing_is_said():
         adapter.hooks[0].on_end()
 
 
-def test_a_start_that_moves_weight_is_refused():
-    with pytest.raises(UserError, match="wants B = 0"):
-        veneer.attach(mlp(), "pissa+dynamic-rank", rank=2)
+def test_beside_a_start_that_moves_weight_it_begins_and_ends_where_it_should():
+    model, x = mlp(), torch.randn(4, 8)
+    base = model(x)
+    adapter = veneer.attach(model, "pissa+dynamic-rank", rank=2)
+    torch.testing.assert_close(model(x), base, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        adapter.deltas["0"].gate.zero_()
+    before = model(x)
+    adapter.hooks[-1].on_end()
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert [d.rank for d in adapter.deltas.values()] == [1, 2]
 
 
 @pytest.mark.parametrize("before", [2, 6])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from veneer.core.hook import Ranks, Schedule
 from veneer.core.registry import method
-from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.chance import generator
 from veneer.parts.components import components
@@ -55,6 +54,8 @@ class DynamicRank(Ranks):
     A, B                          the form's, B = 0: starts at base
     ======  =========  =========  =================================
 
+    Beside a start that moves weight out of W (PiSSA) gates start at 1, and a site keeps one closed component at least.
+
     A stream of tasks is one ``attach`` a task: over adapters of earlier tasks, which stand still (they nest, and
     W + ΣΔW is what a new one sees), or after ``bake``, which merges the last one into W. Each has fresh tensors, gates
     and moments, as the paper has.
@@ -72,11 +73,10 @@ class DynamicRank(Ranks):
     operator: Annotated[Literal["paper", "official"], At(doc="the map")] = "paper"
 
     def on_attach(self, adapter: Adapter) -> None:
-        if any(d.offset is not None for d in adapter.deltas.values()):
-            raise UserError("dynamic-rank starts with random gates, so it wants B = 0: take lora's start or eva")
         self.curve: list[float] = []
         for path, c in components(adapter).items():
-            c.add_gate(torch.randn(c.rank, generator=generator(self.seed, path, "dynamic-rank gate")))
+            drawn = torch.randn(c.rank, generator=generator(self.seed, path, "dynamic-rank gate"))
+            c.add_gate(drawn if c.delta.offset is None else torch.ones(c.rank))
 
     def _gates(self) -> dict[str, Tensor]:
         """The gates that there are, by site."""
@@ -109,6 +109,8 @@ class DynamicRank(Ranks):
         for path, own in kept.items():
             parts[path].prune(own or [0])
             parts[path].absorb_gate()
-        empty = [path for path, own in kept.items() if not own and deltas[path].is_plain()]
+        empty = [
+            path for path, own in kept.items() if not own and deltas[path].is_plain() and deltas[path].offset is None
+        ]
         remove_parameters(self.adapter, [p for path in empty for p in deltas[path].parameters()])
         self.adapter.rebuild(dict.fromkeys(empty))
