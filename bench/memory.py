@@ -1,0 +1,125 @@
+"""Bytes of optimiser state and of what is kept for backward, and peak memory, of methods that claim to save them.
+
+SmolLM2-135M, the linear layers of its blocks. State is counted after two steps of the method's own optimiser, every
+tensor of it, beside the formula of its sheet. Kept bytes are those of saved-tensor hooks up to the last hidden state
+(`bench.memory_kept`). The peak is of resident anonymous memory in a process of its own, over the steps. Decompositions
+are randomised ones, which changes no size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Report, figure, fresh, main, parser
+from bench.memory_kept import MEGABYTE, kept
+from bench.step import QUICK_SHAPE, RANK, SHAPE, base_model, batch
+
+CASES = {
+    "full": "full",
+    "lora": f"lora(rank={RANK})",
+    "galore": "galore(rank=128, svd='randomized')",
+    "galore, 8 bits": "galore(rank=128, svd='randomized', bits=8)",
+    "galore, per layer": "galore(rank=128, svd='randomized', per_layer=True)",
+    "fira": "fira(rank=128, svd='randomized')",
+    "frugal": "frugal",
+    "lisa": "full+lisa(blocks=2, period=2)",
+    "owlore": "full+owlore(blocks=5, period=2)+galore(rank=128, gap=100, scale=1.0, svd='randomized')",
+    "lst": "lst",
+    "sherl": "sherl",
+    "paca": f"paca(rank={RANK})",
+    "s2ft": "s2ft",
+}
+TOLERANCE = 0.03
+STEPS = 2
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Every case in a process of its own; formulas in bytes."""
+    from veneer.core import registry
+
+    shape = QUICK_SHAPE if options.quick else SHAPE
+    known = {m.name for m in registry.methods()}
+    cases = {label: recipe for label, recipe in CASES.items() if recipe.split("(")[0].split("+")[0] in known}
+    found = {label: fresh("bench.memory", "--case", label, *(["--quick"] if options.quick else [])) for label in cases}
+    figures = []
+    for label, one in found.items():
+        formula = one["state formula"]
+        note = f"formula {formula / MEGABYTE:.4g} MB"
+        figures.append(figure(f"{label}: state", one["state"] / MEGABYTE, "MB", note=note))
+        figures.append(figure(f"{label}: state off its formula", abs(one["state"] / formula - 1), at_most=TOLERANCE))
+        figures.append(figure(f"{label}: kept for backward", one["kept"] / MEGABYTE, "MB"))
+        figures.append(figure(f"{label}: peak anonymous memory", one["peak"] / MEGABYTE, "MB"))
+    settings = {"dtype": "bfloat16", "shape": list(shape), "steps": STEPS, "recipes": cases}
+    return Report(figures, found, settings)
+
+
+def one(label: str, quick: bool) -> dict[str, float]:
+    """The bytes of one case, in this process."""
+    import veneer
+    from veneer.models.fast import fast_forms
+    from veneer.numerics.schedule import Schedule
+    from veneer.parts.plain import plain
+    from veneer.train.loss import causal_loss
+    from veneer.train.optimizer import build
+    from veneer.train.record import MemoryMeter
+
+    model, rows = base_model(), batch(*(QUICK_SHAPE if quick else SHAPE))
+    adapter = veneer.attach(model, CASES[label], calibration=[rows], seed=0, sites="linear")
+    schedule = Schedule(100, 1e-4)
+    adapter.optimizer = build(adapter, 1e-4, 0.0)
+    for hook in adapter.hooks:
+        hook.on_start(adapter, schedule)
+    meter = MemoryMeter(next(model.parameters()).device).start()
+    for step in range(STEPS):
+        for hook in adapter.hooks:
+            hook.before_step(step)
+        causal_loss(model, rows).backward()
+        for point in ("after_backward", "before_optimizer"):
+            for hook in adapter.hooks:
+                getattr(hook, point)(step)
+        adapter.optimizer.step()
+        adapter.optimizer.zero_grad(set_to_none=True)
+    peak = meter.stop()
+    with fast_forms(model, plain):
+        saved = kept(model, lambda: model.model(input_ids=rows["input_ids"], use_cache=False).last_hidden_state)
+    return {
+        "state": sum(bytes_of(v) for s in adapter.optimizer.state.values() for v in s.values()),
+        "state formula": sum(formula(label, tuple(p.shape)) for p in adapter.parameters()),
+        "kept": saved,
+        "peak": peak,
+    }
+
+
+def bytes_of(value: Any) -> int:
+    """Of a tensor of the optimiser's state, none of a plain number."""
+    return value.numel() * value.element_size() if hasattr(value, "element_size") else 0
+
+
+def formula(label: str, shape: tuple[int, ...]) -> float:
+    """Bytes of state for one trained tensor, by the sheets' formulas in numbers of 4 bytes (moments of 1 in 8 bits)."""
+    size = 1
+    for n in shape:
+        size *= n
+    if len(shape) < 2 or label.split(",")[0] not in ("galore", "fira", "owlore", "frugal"):
+        return 4 * 2 * size
+    p, q = min(shape), max(shape)
+    if label == "frugal":
+        columns = shape[1] // 4
+        return 4 * 2 * shape[0] * columns + 8 * columns
+    r = min(128, p)
+    moments = 2 * q * r
+    return 4 * p * r + moments * (1 + 4 / 256 if label == "galore, 8 bits" else 4)
+
+
+if __name__ == "__main__":
+    made = parser(__doc__)
+    made.add_argument("--case", choices=list(CASES), help="measure this one in this process and write --out")
+    made.add_argument("--out", type=Path, help="where --case writes its JSON")
+    chosen = made.parse_args()
+    if chosen.case:
+        chosen.out.write_text(json.dumps(one(chosen.case, chosen.quick)), encoding="utf-8")
+    else:
+        main("memory", measure, chosen)
