@@ -48,7 +48,7 @@ def folded(adapter, path):
     W = site.weight().float().clone()
     before = W.clone()
     for s, changed, _ in folded_weights(adapter):
-        if s.module_path == path:
+        if s.module_path == path and s.name in (None, "weight"):
             W[slice(None) if s.rows is None else s.rows] = changed
     return W - before
 
@@ -62,6 +62,19 @@ def test_the_keys_are_those_llama_cpp_wants(tmp_path):
     assert found["general.architecture"] == "llama"
     assert found["adapter.type"] == "lora"
     assert found["adapter.lora.alpha"] == 6.0
+
+
+@pytest.mark.parametrize("recipe", ["dora(rank=4)", "randlora(rank=8, alpha=8)", "full"])
+def test_any_form_that_folds_goes_in_within_an_error(recipe, tmp_path):
+    adapter = attached(recipe=recipe, sites=["v", "up"])
+    found, _ = changes(adapter.export(tmp_path / "a.gguf", format="gguf", tolerance=0.05))
+    lost = total = 0.0
+    for block in (0, 1):
+        for path, name in (("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up")):
+            change = folded(adapter, f"model.layers.{block}.{path}")
+            lost += (found[f"blk.{block}.{name}.weight"] - change).square().sum()
+            total += change.square().sum()
+    assert 0 < (lost / total).sqrt() <= 0.05
 
 
 @pytest.mark.parametrize("recipe", ["lora(rank=4, alpha=6)", "rslora(rank=4, alpha=6)", "lora(rank=4)+pissa"])

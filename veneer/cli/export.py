@@ -23,12 +23,12 @@ def command(
         ),
     ] = "peft",
     rank: Annotated[
-        int | None, typer.Option(help="peft-lora: the largest rank of a layer.", min=1, show_default=False)
+        int | None, typer.Option(help="peft-lora, gguf: the largest rank of a layer.", min=1, show_default=False)
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="peft-lora: the relative error of the weights allowed, such as 0.01; the ranks follow from it.",
+            help="peft-lora, gguf: the relative error of the weights allowed, such as 0.01; the ranks follow from it.",
             show_default=False,
         ),
     ] = None,
@@ -43,8 +43,8 @@ def command(
     if Path(out).exists():
         raise UserError(f"--out {out} exists already; give another name or move it away")
     options = {name: v for name, v in (("rank", rank), ("tolerance", tolerance)) if v is not None}
-    if options and format != "peft-lora":
-        raise UserError(f"--{next(iter(options))} is for --format peft-lora, and {format} was asked for")
+    if options and format not in ("peft-lora", "gguf"):
+        raise UserError(f"--{next(iter(options))} is for --format peft-lora or gguf, and {format} was asked for")
     base, tokenizer = veneer.load_model(model)
     loaded = veneer.load(base, adapter)
     written = loaded.export(out, format=format, **options)

@@ -34,7 +34,8 @@ def export(adapter: Adapter, path: str | Path, *, format: str = "peft", **option
             in any case, with the error that this makes), ``gguf`` (a GGUF LoRA for llama.cpp), ``merged`` (the model
             as a transformers directory).
         options: of the format's own ``write``: ``rank``, ``tolerance``, ``batches``, ``seed`` for ``peft-lora``;
-            ``dtype`` for ``gguf``; ``tokenizer``, ``dtype``, ``max_shard_size`` for ``merged``.
+            ``dtype``, ``rank``, ``tolerance`` for ``gguf``; ``tokenizer``, ``dtype``, ``max_shard_size`` for
+            ``merged``.
 
     Raises:
         UserError: for a format or option that does not exist, and for what the format cannot express.

@@ -31,8 +31,9 @@ def staged(
 
     A new ``directory`` appears by one rename. In one that exists each file is renamed over its old version, those in
     ``last`` at the end; then old files that match a glob of ``replaces`` go, and whatever else is there stays. The old
-    versions of the files in ``keep`` wait under their name + ``.previous`` until every file is in place: a reader that
-    is given a set killed half way can go back.
+    versions wait under their name + ``.previous`` until every file is in place, and come back when the disk refuses.
+    A set that is killed half way lacks its ``last`` files, unless ``keep`` names files whose old versions its reader
+    finds again under ``.previous``.
     Raises UserError when the disk refuses.
     """
     directory = Path(directory)
@@ -62,19 +63,47 @@ def _place(
     scratch: Path, directory: Path, files: list[Path], last: set[str], keep: set[str], replaces: list[str]
 ) -> None:
     names = sorted((p.relative_to(scratch) for p in files), key=lambda n: (str(n) in last, str(n)))
-    kept = [directory / n for n in names if str(n) in keep and (directory / n).exists()]
-    for path in kept:
-        before = path.with_name(path.name + PREVIOUS)
+    old = {directory / n: _aside(directory / n) for n in names if (directory / n).exists()}
+    try:
+        for path, before in old.items():
+            _put_aside(path, before)
+        if not keep:  # killed from here on the set is incomplete, which readers say; never an old file beside a new one
+            for name in last & {str(n) for n in names}:
+                (directory / name).unlink(missing_ok=True)
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, directory / name)
+        _sync(directory)
+    except OSError:
+        _put_back(directory, names, old)
+        raise
+    for before in old.values():
         before.unlink(missing_ok=True)
-        os.link(path, before)
-    for name in names:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(scratch / name, directory / name)
-    _sync(directory)
-    for path in kept:
-        path.with_name(path.name + PREVIOUS).unlink()
     for stale in {p for pattern in replaces for p in directory.glob(pattern)} - {directory / n for n in names}:
         stale.unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + PREVIOUS)
+
+
+def _put_aside(path: Path, before: Path) -> None:
+    before.unlink(missing_ok=True)
+    try:
+        os.link(path, before)
+    except OSError:  # a file system without links
+        shutil.copy2(path, before)
+
+
+def _put_back(directory: Path, names: Iterable[Path], old: Mapping[Path, Path]) -> None:
+    """The old versions over whatever stands in their place; new files that had none go."""
+    for name in names:
+        path = directory / name
+        if path not in old:
+            path.unlink(missing_ok=True)
+        elif old[path].exists():
+            os.replace(old[path], path)
+            old[path].unlink(missing_ok=True)  # two links to one file: replacing does nothing
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -10,6 +10,7 @@ up by token, so its A lies transposed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter
 from veneer.errors import UserError
 from veneer.io.files import write_whole
+from veneer.io.lowering import Lowered, lower
 from veneer.io.plain import Factors, plain_factors, whole_tensors
 from veneer.models import architecture
 
@@ -47,13 +49,21 @@ class Target(NamedTuple):
     heads: int | None
 
 
-def write(adapter: Adapter, path: str | Path, *, dtype: str = "f32") -> Path:
+def write(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    dtype: str = "f32",
+    rank: int | None = None,
+    tolerance: float | None = None,
+) -> Path:
     """Write ``adapter`` as a GGUF LoRA file.
 
     Args:
         adapter: plain LoRA at every site, on layers that the GGUF model has; no bias changes, no trained base tensors.
         path: the file.
         dtype: type of the factors, ``f32`` or ``f16``.
+        rank, tolerance: let any form that folds become the nearest plain LoRA, see ``lowering.lower``.
 
     Returns:
         The path written.
@@ -65,8 +75,10 @@ def write(adapter: Adapter, path: str | Path, *, dtype: str = "f32") -> Path:
         raise UserError(f"dtype={dtype!r} is not a type of GGUF factors written here; give one of {', '.join(TYPES)}")
     model = adapter.model
     arch, interleaved = _architecture(model)
-    sites = plain_factors(adapter, "a GGUF adapter")
-    _refuse(adapter, sites)
+    near = rank is not None or tolerance is not None
+    lowered = lower(adapter, rank, tolerance) if near else Lowered(plain_factors(adapter, "a GGUF adapter"), [])
+    sites = lowered.factors
+    _refuse(adapter, sites, lowered.within)
     names = _names(arch, model)
     targets = [_target(s, names, interleaved, model) for s in sites]
     alpha = _alpha(sites)
@@ -99,11 +111,11 @@ def _names(arch: str, model: nn.Module):
     return gguf.get_tensor_name_map(kind, len(architecture.blocks(model)))
 
 
-def _refuse(adapter: Adapter, sites: list[Factors]) -> None:
+def _refuse(adapter: Adapter, sites: list[Factors], within: Container[str]) -> None:
     offer = 'export with format="merged" and convert the model'
-    whole = whole_tensors(adapter)
+    whole = next((name for name in whole_tensors(adapter) if name not in within), None)
     if whole:
-        raise UserError(f"a GGUF adapter holds no whole tensors, but {next(iter(whole))} was trained; {offer}")
+        raise UserError(f"a GGUF adapter holds no whole tensors, but {whole} was trained; {offer}")
     changed = next((s.path for s in sites if s.extras), None)
     if changed:
         raise UserError(
