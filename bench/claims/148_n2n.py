@@ -29,8 +29,8 @@ CLAIM = Claim(
     claim="After thirty epochs of trials the policy's rewards are higher than those of one that does not learn.",
     task=Digits(change="labels", widths=(64, 128, 128, 128, 10)),
     contestants={
-        "n2n": With(f"lora+n2n({FIELDS})", sites="all"),
-        "unlearned": With(f"lora+n2n({FIELDS}, policy_lr=1e-12)", sites="all"),
+        "n2n": With(f"lora+n2n({FIELDS})", sites="all", calibrate=True),
+        "unlearned": With(f"lora+n2n({FIELDS}, policy_lr=1e-12)", sites="all", calibrate=True),
     },
     rates=(1e-2,),
     seeds=3,
