@@ -20,7 +20,9 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens a row.", show_default="the data's, or 256")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over --data.")] = 1.0,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank where a recipe leaves it open.", show_default="the form's own")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank where a recipe leaves it open.", show_default="the form's own")
+    ] = None,
     sites: Annotated[str, typer.Option(help="Where, as in `veneer train`.")] = "linear",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
     memory: Annotated[

@@ -88,7 +88,10 @@ def build(
     base: str,
     select: Any,
 ) -> Adapter:
-    """Convert the base, build the deltas to the plan and hang them; the model is as it was when this raises."""
+    """Convert the base, build the deltas to the plan and hang them.
+
+    When this raises the model is as it was, but for a base that was converted already: its dense weights are not kept.
+    """
     kept = [s for s in sites if plan.get(s.path, {}) is not None]
     if not kept:
         raise UserError("the plan leaves no site; give a larger rank or another selection")

@@ -218,7 +218,13 @@ class Delta(Fields, nn.Module):
 
     def is_plain(self) -> bool:
         """Whether running this delta is adding its pair's product."""
-        return type(self).forward is Delta.forward and type(self).update is Delta.update and self.pair() is not None
+        return self.plain_pair() is not None
+
+    def plain_pair(self) -> Pair | None:
+        """The pair, when running this delta is adding its product; asked once a forward, for it may be assembled."""
+        if type(self).is_plain is not Delta.is_plain:
+            return self.pair() if self.is_plain() else None
+        return self.pair() if type(self).forward is Delta.forward and type(self).update is Delta.update else None
 
     def gated(self, A: Tensor) -> Tensor:
         """A with each row times its component's gate, where there is one."""
@@ -254,28 +260,29 @@ class Delta(Fields, nn.Module):
 
     def fused(self, base: Base) -> Fused | None:
         """What the fused product runs here, an offset beneath stacked in; None where this delta is more than that."""
-        if self.site.kind != "linear" or not base.fusable or not self.is_plain():
-            return None
-        if not base.links:
-            return Fused(*self.pair())
+        pair = self.plain_pair() if self.site.kind == "linear" and base.fusable else None
+        if pair is None or not base.links:
+            return pair and Fused(*pair)
         stackable = not self.active_dropout() and self.product is type(self).default_product
-        return Fused(*self.stacked()) if base.links == (self.offset,) and stackable else None
+        return Fused(*self.stacked(pair)) if base.links == (self.offset,) and stackable else None
 
-    def stacked(self) -> Pair:
+    def stacked(self, pair: Pair) -> Pair:
         """The pair with the offset beneath it as one pair."""
-        (A, B, s), (A0, B0, s0) = self.pair(), self.offset.pair()
+        (A, B, s), (A0, B0, s0) = pair, self.offset.pair()
         return Pair(torch.cat([A, A0]), torch.cat([B, B0 * (s0 / s)], dim=1), s)
 
     def run(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         """What the core calls: the fused product where this delta is a plain pair on a dense linear map."""
-        if self.site.kind != "linear" or not self.is_plain():
+        fused = self.fused(base)
+        pair = self.plain_pair() if fused is None and self.site.kind == "linear" else None
+        if fused is None and pair is None:
             return self.forward(x, base, *args, **kwargs)
         p = self.active_dropout()
         seed = self.draw_seed() if p else None
-        fused = self.fused(base)
         if fused is None:
-            return base(x) + self.product(x, None, None, *self.pair(), dropout=p, seed=seed)
-        return self.product(x, base.source(), base.own_bias(), *fused[:3], dropout=p, seed=seed)
+            return base(x) + self.product(x, None, None, *pair, dropout=p, seed=seed)
+        more = {} if fused.gain is None else {"gain": fused.gain}
+        return self.product(x, base.source(), base.own_bias(), *fused[:3], dropout=p, seed=seed, **more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
         """Move the tensors; small ones (vectors, gates, indices) keep their type."""

@@ -69,8 +69,10 @@ class Site:
 
     def weight(self) -> Tensor:
         """The dense (out, in) view of W: no copy where the layer stores it so; dequantised on demand."""
+        if self.name not in (None, "weight"):
+            return getattr(self.module, self.name)
         dequantise = stored(self.module)
-        W = dequantise(self.module) if dequantise else getattr(self.module, self.name or "weight")
+        W = dequantise(self.module) if dequantise else self.module.weight
         if self.name is not None:
             return W
         W = W.T if self.transposed else W.flatten(1)
@@ -229,19 +231,6 @@ def find_sites(model: nn.Module, select: Select = "linear") -> list[Site]:
         _require(hits, repr(name), sites)
         keep.update(hits)
     return [s for i, s in enumerate(sites) if i in keep]
-
-
-def require_whole(site: Site, sites: list[Site], who: str) -> None:
-    """Refuse a selection of only some roles of a fused projection, for a form that changes whole tensors."""
-    if site.rows is None:
-        return
-    taken = sum(s.rows.stop - s.rows.start for s in sites if s.module is site.module)
-    rows = site.module.weight.shape[1 if site.transposed else 0]
-    if taken < rows:
-        raise UserError(
-            f"{who}: {site.module_path} fuses several projections in one tensor and only {taken} of its {rows} rows "
-            f"are selected; select all of it with sites={site.module_path.rpartition('.')[2]!r}"
-        )
 
 
 def _matches(site: Site, name: str, head: nn.Module | None) -> bool:

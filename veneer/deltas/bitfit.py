@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from veneer.core.delta import Delta, LoRAForm, Slot
 from veneer.core.registry import method
-from veneer.core.site import Site, parameter_site, require_whole
+from veneer.core.site import Site, parameter_site
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.parts.selection import require_whole
 
 
 @method("bitfit", axis="delta", paper="arXiv:2106.10199", system=0, gives=("linear", "foldable", "frozen-base"))

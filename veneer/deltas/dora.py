@@ -75,15 +75,12 @@ class DoRA(Delta):
         own = base.links in ((), (self.offset,))
         if not own or not base.fusable or self.active_dropout():
             return None
-        pair = self.stacked() if base.links else self.pair()
+        pair = self.stacked(self.pair()) if base.links else self.pair()
         return Fused(*pair, gain=self._gain(base, *pair, own))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        fused = self.fused(base)
-        if fused is not None:
-            return self.product(x, base.source(), base.own_bias(), *fused[:3], gain=fused.gain)
         own = base.links in ((), (self.offset,))
-        gain = self._gain(base, *(self.stacked() if base.links and own else self.pair()), own)
+        gain = self._gain(base, *(self.stacked(self.pair()) if base.links and own else self.pair()), own)
         y, kept = base(x), self.drop(x)
         b = base.own_bias() if own else base.bias()
         z = y if kept is x else base(kept)

@@ -8,10 +8,11 @@ from torch import nn
 
 from veneer.core.delta import Written
 from veneer.core.registry import method
-from veneer.core.site import Site, all_sites, parameter_site, require_whole, stored
+from veneer.core.site import Site, all_sites, parameter_site, stored
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.models import architecture
+from veneer.parts.selection import require_whole
 
 
 @method("full", axis="delta", system=0, gives=("dense-gradient", "linear", "foldable"))

@@ -57,7 +57,8 @@ def attach(
         schedule: for methods that must know the run's length before it starts.
 
     Raises:
-        UserError: for a recipe, selection, field or name that does not fit; the model is then as it was.
+        UserError: for a recipe, selection, field or name that does not fit; the model is then as it was, but for a base
+            that was converted already.
     """
     parsed = recipes.parse(recipe, rank=rank, alpha=alpha, dropout=dropout)
     core.check_name(model, name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from veneer.core import build as core
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter
-from veneer.core.site import find_sites
+from veneer.core.site import find_sites, site_at
 from veneer.errors import UserError, nearest
 from veneer.models.fingerprint import base_fingerprint
 from veneer.parts.attach import trained_tensors
@@ -36,7 +36,12 @@ def attach_from(
             f"this adapter was made on another base (its fingerprint is {description['base'][:8]}…, "
             f"this model's {base[:8]}…); load it on that base, or with force=True if you are sure"
         )
-    by_path = {s.path: s for s in core.places(model, parsed, find_sites(model, description["select"]))}
+    found = find_sites(model, description["select"])
+    modules = dict(model.named_modules())
+    rest = [p for p in description["sites"] if p in modules and p not in {s.path for s in found}]
+    whole = [site_at(model, p) for p in rest]  # fused projections that a file adapts as one layer
+    found += [s for s in whole if s.kind in ("linear", "conv", "embedding")]
+    by_path = {s.path: s for s in core.places(model, parsed, found)}
     lost = [p for p in description["sites"] if p not in by_path]
     if lost:
         raise UserError(f"the adapter has a site {lost[0]!r} that this model lacks{nearest(lost[0], by_path)}")

@@ -52,7 +52,9 @@ def set_rates(adapter: Adapter, optimizer: torch.optim.Optimizer, schedule: Sche
 
     rate = run's peak · group's share · schedule by the group's own clock · what the recipe's methods say.
     """
-    rules: list[Callable[[dict[str, Any], int], float]] = [h.rate for h in adapter.hooks if hasattr(h, "rate")]
+    rules: list[Callable[[dict[str, Any], int], float]] = [
+        h.rate for h in adapter.hooks if callable(getattr(h, "rate", None))
+    ]
     for group in optimizer.param_groups:
         rate = schedule.lr * group.get("rate", 1.0) * schedule.factor(step, group.get("start_step", 0))
         for rule in rules:

@@ -312,13 +312,15 @@ class Training:
 
 def restore(adapter: Adapter, fields: dict[str, dict[str, Any]], sites: list[str], phase: int) -> None:
     """Give every site the form it had: phases and rank methods may have changed fields or dropped sites."""
-    now = adapter.description()["fields"]
+    now, given = adapter.description()["fields"], {k: v for p in adapter.recipe.parts for k, v in p.fields.items()}
     plan: dict[str, dict[str, Any] | None] = {}
     for path in adapter.deltas:
         if path not in sites:
             plan[path] = None
         elif now.get(path, {}) != fields.get(path, {}):
-            plan[path] = fields.get(path, {})
+            form = type(adapter.deltas[path])
+            own = {k: given.get(k, getattr(form, k)) for k in now.get(path, {})}
+            plan[path] = own | fields.get(path, {})
     if plan:
         adapter.rebuild(plan)
     adapter.phase = phase
