@@ -62,7 +62,7 @@ $(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.ready-all: pyproject.toml $(VENV)/.ready-demo
 	@echo "installing what tests and bench need into $(VENV)"
-	@$(PIP) -e ".[demo,gguf,parquet,images,serve,tensorboard,bench,docs,dev]"
+	@$(PIP) -e ".[demo,compare,gguf,parquet,images,serve,tensorboard,bench,docs,dev]"
 	@touch $@
 
 $(VENV)/.ready-docs: pyproject.toml $(VENV)/.ready-demo
