@@ -207,11 +207,16 @@ def kept_bytes(trial: Trial) -> float:
 
 
 class Results:
-    """All runs of a claim, and the rate that validation chose for each contestant."""
+    """All runs of a claim, and the rate that validation chose for each contestant (``chosen``, where it is known)."""
 
-    def __init__(self, runs: Sequence[Mapping[str, Any]], higher: Mapping[str, bool]) -> None:
-        self.runs, self.chosen = list(runs), {}
-        for label, upwards in higher.items():
+    def __init__(
+        self,
+        runs: Sequence[Mapping[str, Any]],
+        higher: Mapping[str, bool],
+        chosen: Mapping[str, float] | None = None,
+    ) -> None:
+        self.runs, self.chosen = list(runs), dict(chosen or {})
+        for label, upwards in higher.items() if chosen is None else ():
             rates = {run["lr"] for run in self.runs if run["label"] == label}
             self.chosen[label] = max(sorted(rates), key=lambda r: self._merit(label, r, upwards))
 
@@ -305,12 +310,12 @@ class Claim:
         swept = range(self.seeds)[: self.sweep_seeds]
         plan = [(label, r, s) for s in swept for label, e in entrants.items() for r in e.rates or self.rates]
         runs = self._made(ledger, plan, len(plan) + (self.seeds - len(swept)) * len(entrants))
-        if len(swept) < self.seeds:
-            chosen = Results(runs, higher).chosen
-            rest = [(label, chosen[label], s) for s in range(len(swept), self.seeds) for label in entrants]
-            runs += self._made(ledger, rest, len(plan) + len(rest), len(plan))
-            runs = [run for run in runs if run["lr"] == chosen[run["label"]] or run["seed"] < len(swept)]
-        return Results(runs, higher)
+        if len(swept) == self.seeds:
+            return Results(runs, higher)
+        chosen = Results(runs, higher).chosen  # by the seeds of the sweep, which every rate has
+        rest = [(label, chosen[label], s) for s in range(len(swept), self.seeds) for label in entrants]
+        runs += self._made(ledger, rest, len(plan) + len(rest), len(plan))
+        return Results(runs, higher, chosen)
 
     def _made(
         self, ledger: _Ledger, plan: Sequence[tuple[str, float, int]], total: int, done: int = 0

@@ -144,6 +144,17 @@ def test_the_sweep_may_be_on_the_first_seed_alone(tmp_path):
     assert all(len(c["test"]["values"]) == 3 for c in record["contestants"].values())
 
 
+def test_seeds_beyond_the_sweep_do_not_change_the_chosen_rate(tmp_path, monkeypatch):
+    def run(trial, claim):
+        score = -1.0 if trial.seed else trial.lr  # the larger rate wins the sweep, and fails on the other seeds
+        return {"measures": {"validation": score, "test": score}}
+
+    monkeypatch.setattr(harness, "_run", run)
+    record = claim(sweep_seeds=1, seeds=3).run(tmp_path, tmp_path)
+    assert record["contestants"]["more"]["lr"] == 1e-2
+    assert record["contestants"]["more"]["test"]["values"] == [1e-2, -1.0, -1.0]
+
+
 def test_the_interval_is_students():
     from scipy.stats import ttest_rel
 
