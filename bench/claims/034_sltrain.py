@@ -17,17 +17,17 @@ CLAIM = Claim(
     name="sltrain",
     claim="Pre-training with random sparse entries beside a low-rank part reaches a lower loss than the low-rank part "
     "alone at the same number of parameters.",
-    task=Words(width=128),
+    task=Words(steps=300),
     contestants={
-        "rank 13 and 4 % sparse": form(13, 0.04),
-        "rank 16 alone": form(16, 1e-6),
-        "rank 13 alone": form(13, 1e-6),
+        "rank 6 and 5 % sparse": form(6, 0.053),
+        "rank 8 alone": form(8, 1e-6),
+        "rank 6 alone": form(6, 1e-6),
         "dense": With("full", **DENSE),
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=3,
     sweep_seeds=1,
-    rule=below("rank 13 and 4 % sparse", "rank 16 alone"),
+    rule=below("rank 6 and 5 % sparse", "rank 8 alone"),
     note="A density of 1e-6 leaves no sparse entry.",
 )
 
