@@ -40,6 +40,7 @@ def case(page):
 def test_everything_on_the_page_runs(page, workplace, monkeypatch):
     from veneer.core import registry
 
+    registry.methods()  # filled first: what is filled while it is patched would be lost
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     monkeypatch.setattr(registry, "_systems", dict(registry._systems))
     space = types.ModuleType("snippet")
