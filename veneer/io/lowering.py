@@ -26,7 +26,7 @@ from veneer.numerics.svd import truncated_svd
 from veneer.parts.folding import trained_in_place
 
 TARGET = "plain LoRA"
-EXACT_UP_TO = 1536  # shorter sides of a matrix up to which its SVD is taken in full; randomised ones beyond
+EXACT_UP_TO = 1536  # shorter side of a matrix beyond which a given rank is reached by a randomised SVD
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def lower(adapter: Adapter, rank: int | None = None, tolerance: float | None = N
                     'or export with format="merged" the folded model'
                 )
     ranks = _allotted(layers, tolerance, rank)
-    done = [layer.lowered(ranks.get(layer.path, rank)) for layer in layers]
+    done = [layer.lowered(ranks.get(layer.path, rank), quick=tolerance is None) for layer in layers]
     found = Lowered([f for f, _ in done], [r for _, r in done], {n for layer in layers for n in layer.within})
     if tolerance is not None and rank is not None and found.error > max(tolerance, 1e-6):
         raise UserError(
@@ -142,20 +142,20 @@ class _Layer:
         """The squared singular values of ΔW, descending, fp64."""
         if self.pair is not None:
             return (factored.singular_values(self.pair.A, self.pair.B) * abs(self.pair.scale)).square()
-        change = self.dense()[0].double()
-        gram = change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change
-        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        return torch.linalg.eigvalsh(_gram(self.dense()[0])).flip(0).clamp_min(0)
 
-    def lowered(self, rank: int | None) -> tuple[Factors, Row]:
-        """The nearest pair of at most ``rank``; the pair as it is where that does."""
+    def lowered(self, rank: int | None, quick: bool) -> tuple[Factors, Row]:
+        """The nearest pair of at most ``rank``, near it when ``quick``; the pair as it is where that does."""
         if self.pair is not None:
             return self._compressed(rank)
         change, bias = self.dense()
         norm = float(torch.linalg.vector_norm(change.double()))
         assert rank is not None, "a dense change is given a rank"
-        U, S, Vh = truncated_svd(change, rank, exact=min(change.shape) <= EXACT_UP_TO)
-        root = S.sqrt()
-        A, B = root[:, None] * Vh, U * root
+        if quick and min(change.shape) > EXACT_UP_TO:
+            U, S, Vh = truncated_svd(change, rank)
+            A, B = S.sqrt()[:, None] * Vh, U * S.sqrt()
+        else:
+            A, B = _nearest(change, rank)
         error = float(torch.linalg.vector_norm((change - B @ A).double()))
         extras = {"lora_B.bias": bias} if bias is not None and bool(bias.any()) else {}
         return Factors(self.site, A, B, 1.0, extras), Row(self.path, len(A), norm, error, False)
@@ -168,6 +168,23 @@ class _Layer:
             return pair, Row(self.path, pair.rank, norm, 0.0, True)
         A, B, error = factored.recompress(pair.A, pair.B, rank=rank)
         return Factors(pair.site, A, B, pair.scale, pair.extras), Row(self.path, len(A), norm, error * norm, False)
+
+
+def _gram(change: Tensor) -> Tensor:
+    """The smaller of ΔWΔWᵀ and ΔWᵀΔW, fp64."""
+    wide = change.double()
+    return wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+
+
+def _nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair A (r, in), B (out, r) nearest to ΔW, balanced: its projection on the leading eigenvectors of the Gram
+    matrix, so that no small singular value divides."""
+    squares, vectors = torch.linalg.eigh(_gram(change))
+    squares, vectors = squares.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+    root = squares.sqrt().sqrt().clamp_min(torch.finfo(torch.float32).tiny)  # √σ, of zeros as small as fp32 divides by
+    if change.shape[0] <= change.shape[1]:
+        return ((vectors.T @ change.double()) / root[:, None]).float(), (vectors * root).float()
+    return (vectors * root).T.float().contiguous(), ((change.double() @ vectors) / root).float()
 
 
 def _layers(adapter: Adapter, written: bool) -> list[_Layer]:

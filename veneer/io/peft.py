@@ -20,7 +20,7 @@ from veneer.fields import fields_of
 from veneer.io import peft_prompt, peft_whole
 from veneer.io.files import read_json, read_tensors, same, typed
 from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
-from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, PROMPTS, WHOLE, lie
+from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, KINDS, PROMPTS, TRANSLATED, WHOLE, lie
 from veneer.io.peft_start import starts
 from veneer.io.peft_tensors import Content, check_layer, ending, sort, to_dense
 from veneer.io.peft_translate import tensors_of
@@ -52,6 +52,8 @@ def read(
     """
     directory = Path(directory)
     kind = str(typed(read_json(directory / CONFIG), "peft_type", (str,), directory / CONFIG)).upper()
+    if initial is not None and kind in KINDS.keys() | TRANSLATED.keys() | {*PROMPTS, *WHOLE} and kind != "LORA":
+        raise UserError(f"initial={str(initial)!r} is for LoRA, whose starts may move the base; {directory} is {kind}")
     if kind in WHOLE:
         return attach_from(model, *peft_whole.read(model, directory), name=name, force=True)
     config = read_config(directory / CONFIG)
