@@ -2,8 +2,8 @@
 
 Each form in a process of its own: its step and PEFT's run alternating over one batch (4 × 256 tokens, the last half of
 each row labelled), on the 210 linear layers of a bf16 SmolLM2-135M, forward, backward and AdamW; the ratio is the
-median of the rounds' ratios. Bytes are counted by saved-tensor hooks up to the last hidden state, with transformers' own
-attention in both, over what the frozen base alone keeps. Ranks are 16 but where a form lives on another.
+median of the rounds' ratios. Bytes are counted by saved-tensor hooks up to the last hidden state, with transformers'
+own attention in both, over what the frozen base alone keeps. Ranks are 16 but where a form lives on another.
 """
 
 from __future__ import annotations
