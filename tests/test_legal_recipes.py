@@ -80,7 +80,8 @@ def attached(recipe, rank, sites, seed):
         if "has a field 'rank'" in str(error):
             return case, veneer.attach(case.model, recipe, **options)
         assert "\n" not in str(error) and not veneer.adapters(case.model)
-        assert "nf4" in recipe or torch.equal(case.run(), before)  # a converted base stays converted
+        converted = "nf4" in recipe or "loftq" in recipe  # a converted base stays converted
+        assert converted or torch.equal(case.run(), before)
         raise
 
 

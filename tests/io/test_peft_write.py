@@ -31,6 +31,7 @@ CASES = {
     "PiSSA on fused rows": ("gpt2", "lora(rank=4, alpha=6)+pissa", "linear"),
     "PiSSA on DoRA": ("llama", "dora(rank=4, alpha=6)+pissa", "linear"),
     "PiSSA on DoRA on fused rows": ("gpt2", "dora(rank=4, alpha=6)+pissa", ["q", "v"]),
+    "PiSSA beside a bias": ("bert", "lora-bias(rank=4, alpha=6)+pissa", "attention"),
     "gates": ("llama", "lora(rank=4, alpha=6)+sora", "linear"),
     "lora_bias": ("bert", "lora-bias(rank=4, alpha=6)", "attention"),
     "lora_bias on fused rows": ("gpt2", "lora-bias(rank=4, alpha=6)", ["q", "down"]),

@@ -58,7 +58,7 @@ def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[
         A, B, scale = delta.gated(A.detach()).float(), B.detach().float(), delta.scale
         extras = {n: getattr(delta, s).detach() for s, n in keys.items() if n not in ("lora_A", "lora_B")}
         if delta.offset is not None:
-            A, B, scale = stack([(A, B, scale), delta.offset.pair()])
+            A, B, scale = stack([delta.offset.pair(), (A, B, scale)])
         return Factors(delta.site, A, B, scale, extras)
 
     with trained_in_place(adapter):
