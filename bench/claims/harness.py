@@ -400,11 +400,12 @@ def _line(measures: Mapping[str, float]) -> str:
 def _asks(recipe: str) -> bool:
     """Whether some method of the recipe looks at data before it starts."""
     from veneer.core import recipe as recipes
-    from veneer.core.hook import Init
+    from veneer.core.hook import Init, Ranks
 
     classes = [part.method.cls for part in recipes.parse(recipe).parts]
-    settles = (issubclass(c, Init) and c.settle is not Init.settle for c in classes if isinstance(c, type))
-    return any(settles) or any(getattr(c, "needs", None) for c in classes)
+    settles = (issubclass(c, Init) and c.settle is not Init.settle for c in classes)
+    surveys = (issubclass(c, Ranks) and c.survey is not Ranks.survey for c in classes)
+    return any(getattr(c, "needs", None) for c in classes) or any(settles) or any(surveys)
 
 
 class _Ledger:

@@ -207,6 +207,13 @@ def test_recipes_that_look_at_data_are_given_batches(tmp_path):
     assert record["contestants"]["more"]["test"]["mean"] > 0
 
 
+@pytest.mark.parametrize(
+    ("recipe", "asks"), [("lora", False), ("lora+eva", True), ("lora+flexora", True), ("lora-xs+lora-sb", True)]
+)
+def test_a_recipe_asks_for_batches_when_any_method_looks_at_data(recipe, asks):
+    assert harness._asks(recipe) is asks
+
+
 def test_kept_bytes_are_those_of_the_saved_tensors():
     trial = Trial(SMALL, "", With("full"), 0.0, 0, torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.Tanh()))
     trial.model.forward = lambda x, labels, own=trial.model.forward: own(x)
