@@ -22,18 +22,26 @@ def command(
             "gguf: a LoRA file for llama.cpp; merged: a transformers directory with the change folded in."
         ),
     ] = "peft",
+    server: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(
+            "--for",
+            help="vllm: a directory that vLLM loads: plain LoRA of one rank, the scale within.",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="peft-lora, gguf: the largest rank of a layer.", min=1, show_default=False)
+        int | None, typer.Option(help="peft-lora, gguf, vllm: the largest rank of a layer.", min=1, show_default=False)
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="peft-lora, gguf: the relative error of the weights allowed, such as 0.01; the ranks follow from it.",
+            help="peft-lora, gguf, vllm: the relative error of the weights allowed, as 0.01; the ranks follow.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write an adapter for PEFT, llama.cpp, or folded in."""
+    """Write an adapter for PEFT, llama.cpp, vLLM, or folded in."""
     from pathlib import Path
 
     import veneer
@@ -43,10 +51,20 @@ def command(
     if Path(out).exists():
         raise UserError(f"--out {out} exists already; give another name or move it away")
     options = {name: v for name, v in (("rank", rank), ("tolerance", tolerance)) if v is not None}
-    if options and format not in ("peft-lora", "gguf"):
+    if server is not None and format not in ("peft", "peft-lora"):
+        raise UserError(f"--for {server} writes plain LoRA, and --format {format} was asked for; give one of them")
+    if options and server is None and format not in ("peft-lora", "gguf"):
         raise UserError(f"--{next(iter(options))} is for --format peft-lora or gguf, and {format} was asked for")
     base, tokenizer = veneer.load_model(model)
     loaded = veneer.load(base, adapter)
+    if server == "vllm":
+        from veneer.io.vllm import most, write
+
+        done = write(loaded, out, **options)
+        rank = max(done.ranks.values())
+        how = f"vllm serve {model} --enable-lora --max-lora-rank {most(rank)} --lora-modules {Path(out).name}={out}"
+        screen().print(f"wrote {done}\nserve it with: {how}", soft_wrap=True, markup=False, highlight=False)
+        return
     written = loaded.export(out, format=format, **options)
     if format == "merged" and tokenizer is not None:
         tokenizer.save_pretrained(out)
