@@ -55,6 +55,53 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(recipe, che
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def begun_alike(vocabulary=60):
+    """Rows that share 6, 4 and 9 of their first tokens with one before; the third begins like the second's own part."""
+    given = batch(vocabulary)
+    ids = torch.randint(3, vocabulary, (5, 12), generator=torch.Generator().manual_seed(4))
+    ids[1, :6] = ids[0, :6]
+    ids[3, :4] = ids[0, :4]
+    ids[4, :9] = ids[1, :9]
+    look = torch.arange(12) < torch.tensor([9, 12, 8, 7, 11])[:, None]
+    labels = ids.masked_fill(~look, -100)
+    labels[:, :8] = -100
+    labels[3, 5] = 3
+    given = {"input_ids": ids.masked_fill(~look, 0), "attention_mask": look.long(), "labels": labels}
+    # of the nine tokens that rows 1 and 4 share, the eighth is the first with a label after it
+    return given, int(look.sum()) - 6 - 4 - 7
+
+
+@pytest.mark.parametrize("attention", ["fast", "not ours"])
+@pytest.mark.parametrize("recipe", ["lora", "dora+pissa"])
+def test_what_rows_begin_with_in_common_is_computed_once(recipe, attention):
+    model = make("llama").model
+    model.config._attn_implementation = "eager"
+    adapter = veneer.attach(model, recipe, rank=3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    model.train()
+    given, positions = begun_alike()
+    padded, expected, _ = loss_and_gradients(model, adapter, given, False)
+    model.config.output_attentions = attention != "fast"
+    packed, found, flat = loss_and_gradients(model, adapter, given, True)
+    assert flat == (1, positions)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_without_padding_are_packed_for_what_they_share_alone():
+    ids = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :6] = -100
+    assert packing({"input_ids": ids}, labels != -100) is None
+    ids[1:, :7] = ids[0, :7]
+    found = packing({"input_ids": ids}, labels != -100)
+    assert found.positions.shape == (1, 40 - 3 * 5)  # the sixth position predicts the first label: each row's own
+    assert packing({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)) is None
+
+
 def test_attention_that_is_not_ours_gets_a_mask_by_rows():
     model = make("llama").model
     model.config._attn_implementation = "eager"

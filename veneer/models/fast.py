@@ -214,7 +214,7 @@ def _attention_fits(
 
     Elsewhere than on the CPU torch's own kernels are faster.
     """
-    time, config = x.shape[1] if packing is None else packing.shape[1], module.config
+    time, config = x.shape[1] if packing is None else packing.source.shape[1], module.config
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
     return (
         x.device.type == "cpu"

@@ -1,38 +1,51 @@
-"""A batch of rows of unlike length as one row without padding, so that no layer computes on padding.
+"""A batch of rows of unlike length as one row without padding, in which what rows begin with in common stands once.
 
 Linear layers, norms and embeddings look at one position at a time and take the packed row as it is; the fast attention
-puts its projections back into rows, where causality alone keeps padding on the right unseen.
+puts its projections back into rows, where causality alone keeps padding on the right unseen. What a causal model makes of
+a position depends on the tokens up to it, so that positions whose rows agree so far (a system prompt, a template's first
+words, several answers to one question) are one and the same: they are computed once, and get the sum of the gradients.
+Random dropout draws one mask for such a position where rows apart would draw several.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LEAST = 0.02  # share of padding below which packing costs more than it saves
+LEAST = 0.02  # share of positions to be saved below which packing costs more than it saves
 
 
 class Packing:
     """Where the positions of a packed row stand in its batch ``(B, T)``.
 
-    ``index (N,)`` is each position's place in the flattened batch, ``first (B,)`` where each row begins in the packed
-    one, ``longest`` the slice of the packed row that holds the longest of them. ``mask`` is what the model is given in
-    place of an attention mask: by its being this very tensor the fast attention knows packed rows.
+    ``index (N,)`` is each packed position's place in the flattened batch, ``source (B, longest)`` the packed position of
+    every position of the rows (0 where a row has ended), ``place (N,)`` the way back, into the flattened rows.
+    ``agree`` holds (row, earlier row, tokens) for each row that begins like an earlier one. ``mask`` is what the model is
+    given in place of an attention mask: by its being this very tensor the fast attention knows packed rows.
     """
 
-    def __init__(self, lengths: Tensor, time: int) -> None:
-        self.shape = (len(lengths), time)
-        look = torch.arange(time, device=lengths.device) < lengths[:, None]
-        self.index = look.flatten().nonzero()[:, 0]
-        self.first = lengths.cumsum(0) - lengths
-        at = int(lengths.argmax())
-        self.longest = slice(int(self.first[at]), int(self.first[at] + lengths[at]))
-        self.positions = (self.index % time)[None]
-        self.place = self.index // time * int(lengths[at]) + self.positions[0]  # in the flattened (B, longest)
-        self.mask = torch.zeros(1, 1, 1, 1, device=lengths.device)
+    def __init__(self, lengths: Tensor, time: int, agree: Sequence[tuple[int, int, int]] = ()) -> None:
+        longest, device = int(lengths.max()), lengths.device
+        at = torch.arange(longest, device=device)
+        own = at < lengths[:, None]
+        for row, _, tokens in agree:
+            own[row, :tokens] = False
+        self.agree = tuple(agree)
+        self.place = own.flatten().nonzero()[:, 0]
+        self.source = torch.zeros(own.numel(), dtype=torch.long, device=device)
+        self.source[self.place] = torch.arange(len(self.place), device=device)
+        self.source = self.source.view(own.shape)
+        for row, like, tokens in agree:
+            self.source[row, :tokens] = self.source[like, :tokens]
+        row, positions = self.place // longest, self.place % longest
+        self.index, self.positions = row * time + positions, positions[None]
+        self.row = row
+        self.longest = self.source[int(lengths.argmax())]
+        self.mask = torch.zeros(1, 1, 1, 1, device=device)
 
     def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
         """The model's inputs, packed."""
@@ -40,18 +53,21 @@ class Packing:
         return given | {"input_ids": packed, "position_ids": self.positions, "attention_mask": self.mask}
 
     def rows(self, x: Tensor) -> Tensor:
-        """A packed ``(1, N, n)`` as ``(B, longest, n)``, zero where there is nothing."""
+        """A packed ``(1, N, n)`` as ``(B, longest, n)``; what stands after the end of a row means nothing."""
         return _Unpack.apply(x, self)
 
     def packed(self, x: Tensor) -> Tensor:
-        """``(B, longest, n)`` as ``(1, N, n)``."""
+        """``(B, longest, n)`` as ``(1, N, n)``, shared positions from the first row that has them."""
         return _Pack.apply(x, self)
 
     def own_mask(self) -> Tensor:
         """``(1, 1, N, N)``, True where a position may look: for attention that does not know packed rows."""
-        row = self.index // self.shape[1]
-        place = torch.arange(len(row), device=row.device)
-        return ((row[:, None] == row) & (place[:, None] >= place))[None, None]
+        count, longest = len(self.place), self.source.shape[1]
+        may = torch.zeros(count, count, dtype=torch.bool, device=self.place.device)
+        later = self.positions[0][:, None] >= torch.arange(longest, device=self.place.device)
+        who, which = later.nonzero(as_tuple=True)
+        may[who, self.source[self.row[who], which]] = True
+        return may[None, None]
 
 
 def packing(inputs: dict[str, Any], labelled: Tensor, least: float = LEAST) -> Packing | None:
@@ -60,23 +76,43 @@ def packing(inputs: dict[str, Any], labelled: Tensor, least: float = LEAST) -> P
     ``labelled (B, T)`` is True where there is a label.
     """
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if set(inputs) - {"input_ids", "attention_mask", "use_cache"} or tokens is None or mask is None or mask.ndim != 2:
+    if (
+        set(inputs) - {"input_ids", "attention_mask", "use_cache"}
+        or tokens is None
+        or (mask is not None and mask.ndim != 2)
+    ):
         return None
-    look = mask != 0
+    look = torch.ones_like(labelled) if mask is None else mask != 0
     lengths = look.sum(1)
-    if bool((labelled & ~look).any()) or int(lengths.sum()) > (1 - least) * tokens.numel() or int(lengths.min()) == 0:
+    on_the_right = torch.equal(look, torch.arange(look.shape[1], device=tokens.device) < lengths[:, None])
+    if not on_the_right or int(lengths.min()) == 0 or bool((labelled & ~look).any()):
         return None
-    on_the_right = torch.equal(look, torch.arange(look.shape[1], device=mask.device) < lengths[:, None])
-    return Packing(lengths, tokens.shape[1]) if on_the_right else None
+    agree = _agreements(tokens, labelled, lengths)
+    saved = look.numel() - int(lengths.sum()) + sum(count for *_, count in agree)
+    return Packing(lengths, tokens.shape[1], agree) if saved >= least * tokens.numel() else None
 
 
-def _spread(x: Tensor, packing: Packing) -> Tensor:
-    batch, time = packing.shape[0], packing.longest.stop - packing.longest.start
-    out = x.new_zeros(batch * time, x.shape[-1]).index_copy_(0, packing.place, x.flatten(0, 1))
-    return out.view(batch, time, -1)
+def _agreements(tokens: Tensor, labelled: Tensor, lengths: Tensor) -> list[tuple[int, int, int]]:
+    """(row, earlier row, tokens): for each row the earlier one with which it agrees longest from the start on.
+
+    Positions count that have no label after them in either row: those with one are each row's own.
+    """
+    free = torch.minimum(labelled[:, 1:].int().argmax(1), lengths - 1)
+    free = torch.where(labelled[:, 1:].any(1), free, lengths - 1)
+    found = []
+    for row in range(1, len(tokens)):
+        same = (tokens[:row] == tokens[row]).int().cumprod(1).sum(1)
+        same = same.minimum(free[:row]).minimum(free[row])
+        like = int(same.argmax())
+        if int(same[like]) > 0:
+            found.append((row, like, int(same[like])))
+    return found
 
 
-def _gather(x: Tensor, packing: Packing) -> Tensor:
+def _onto_first(x: Tensor, packing: Packing) -> Tensor:
+    """``(B, longest, n)`` as ``(1, N, n)``, with what later rows have at shared positions added; writes into ``x``."""
+    for row, like, tokens in reversed(packing.agree):
+        x[like, :tokens] += x[row, :tokens]
     return x.flatten(0, 1).index_select(0, packing.place)[None]
 
 
@@ -84,21 +120,23 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packing):
         ctx.packing = packing
-        return _spread(x, packing)
+        return x[0].index_select(0, packing.source.flatten()).view(*packing.source.shape, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _gather(grad, ctx.packing), None
+        return _onto_first(grad.clone() if ctx.packing.agree else grad, ctx.packing), None
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packing):
         ctx.packing = packing
-        return _gather(x, packing)
+        return x.flatten(0, 1).index_select(0, packing.place)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _spread(grad, ctx.packing), None
+        source = ctx.packing.source
+        out = grad.new_zeros(source.numel(), grad.shape[-1])
+        return out.index_copy_(0, ctx.packing.place, grad[0]).view(*source.shape, -1), None

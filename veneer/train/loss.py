@@ -51,8 +51,9 @@ def causal_loss(
         chunk: positions whose logits exist at one time.
         reduction: mean over labelled positions, or their sum, to be divided by the count over several batches. A batch
             without a label gives 0.
-        packed: let rows with padding run as one row without any, where the model and what hangs on it allow that
-            (Llama's kind on the CPU, no adapter on whole modules); hooks on the model then see that row.
+        packed: let rows run as one without padding, in which what several begin with (as far as it has no label) is
+            computed once, where the model and what hangs on it allow that (Llama's kind on the CPU, no adapter on
+            whole modules); hooks on the model then see that row.
 
     Returns:
         The loss, 0-dim, fp32.
@@ -93,9 +94,8 @@ def causal_loss(
     targets = labels[:, 1:]
     counted = (targets != IGNORED).reshape(-1).nonzero()[:, 0]
     targets = targets.reshape(-1)[counted]
-    # Row b of the states without its last position begins at b·T, of the targets at b·(T − 1).
-    row = counted // (labels.shape[1] - 1)
-    at = counted + row if pack is None else counted - row * (labels.shape[1] - 1) + pack.first[row]
+    row, time = counted // (labels.shape[1] - 1), counted % (labels.shape[1] - 1)
+    at = row * labels.shape[1] + time if pack is None else pack.source[row, time]
     states = states.flatten(0, 1).index_select(0, at)
     loss = _loss_of_logits(states, targets) if head is None else head_loss(states, head, targets, chunk)
     auxiliary = getattr(outputs, "aux_loss", None)
