@@ -100,17 +100,23 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def alternate(cases: Mapping[str, Callable[[], T]], repeats: int, warm_up: int = 0) -> dict[str, list[T]]:
+def alternate(
+    cases: Mapping[str, Callable[[], T]], repeats: int, warm_up: int = 0, settle: int = 0
+) -> dict[str, list[T]]:
     """What every case gives, ``repeats`` times; the samples at one index belong to one round.
 
     A round runs every case once, and each round begins with the next case, so that no case always comes first.
-    ``warm_up`` rounds before them are not kept.
+    ``warm_up`` rounds before them are not kept. Cases that share a process leave each other a heap of another's shape,
+    whose pages the first step after a change takes anew: ``settle`` runs of each case before the one that counts
+    bring it into the state in which it would go on.
     """
     names = list(cases)
     samples: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(-warm_up, repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            for _ in range(settle):
+                cases[name]()
             sample = cases[name]()
             if turn >= 0:
                 samples[name].append(sample)

@@ -2,8 +2,8 @@
 
 The base is the frozen bf16 model alone in plain transformers: forward with all logits and the loss, and backward to the
 input embeddings. Every other case is a whole step of an adapter of rank 16 on the 210 linear layers: forward, backward,
-AdamW. All run in one process by turns, so that what slows the machine slows them alike; a ratio is the median of the
-rounds' ratios.
+AdamW. All run in one process by turns, so that what slows the machine slows them alike, each turn two steps of which the
+second counts; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.harness import Report, alternate, figure, main, parser, ratios, repea
 
 MODEL, RANK, RATE, DROPOUT = "smollm2-135m", 16, 1e-4, 0.05
 SHAPE, QUICK_SHAPE = (4, 256), (1, 32)  # rows, tokens
-WARM_UP = 2
+SETTLE = 1  # steps of a case before the one that counts
 BASE, LORA, DROPPED, DORA, PEFT, PEFT_DORA = "base", "lora", "lora, dropout", "dora", "peft lora", "peft dora"
 
 
@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace) -> Report:
         PEFT_DORA: theirs(rows, use_dora=True),
     }
     timed = {name: lambda step=step: seconds(step) for name, step in cases.items()}
-    samples = alternate(timed, repeats(options), warm_up=1 if options.quick else WARM_UP)
+    samples = alternate(timed, repeats(options), warm_up=1, settle=0 if options.quick else SETTLE)
 
     def against(above: str, below: str) -> list[float]:
         return ratios(samples[above], samples[below])
