@@ -30,6 +30,7 @@ MODELS = {  # forms on whole modules, which not every architecture has
     "flexora": ("llama", "gpt2", "bert", "vit", "t5"),
     "lst": ("llama", "gpt2", "bert", "vit"),
     "lst-fisher": ("llama", "bert"),
+    "sherl": ("llama", "gpt2", "bert", "vit"),
     "mosa": ("llama", "gpt2", "vit", "t5"),
     "mosa-consistency": ("llama", "vit"),
 }
