@@ -2,8 +2,8 @@
 
 The base is the frozen bf16 model alone in plain transformers: forward with all logits and the loss, and backward to the
 input embeddings. Every other case is a whole step of an adapter of rank 16 on the 210 linear layers: forward, backward,
-AdamW. All run in one process by turns, so that what slows the machine slows them alike, each turn two steps of which the
-second counts; a ratio is the median of the rounds' ratios.
+AdamW. All run in one process by turns, so that what slows the machine slows them alike, each turn two steps of which
+the second counts; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A batch of rows of unlike length as one row without padding, in which what rows begin with in common stands once.
 
 Linear layers, norms and embeddings look at one position at a time and take the packed row as it is; the fast attention
-puts its projections back into rows, where causality alone keeps padding on the right unseen. What a causal model makes of
-a position depends on the tokens up to it, so that positions whose rows agree so far (a system prompt, a template's first
-words, several answers to one question) are one and the same: they are computed once, and get the sum of the gradients.
-Random dropout draws one mask for such a position where rows apart would draw several.
+puts its projections back into rows, where causality alone keeps padding on the right unseen. What a causal model makes
+of a position depends on the tokens up to it, so that positions whose rows agree so far (a system prompt, a template's
+first words, several answers to one question) are one and the same: they are computed once, and get the sum of the
+gradients. Random dropout draws one mask for such a position where rows apart would draw several.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LEAST = 0.02  # share of positions to be saved below which packing costs more th
 class Packing:
     """Where the positions of a packed row stand in its batch ``(B, T)``.
 
-    ``index (N,)`` is each packed position's place in the flattened batch, ``source (B, longest)`` the packed position of
-    every position of the rows (0 where a row has ended), ``place (N,)`` the way back, into the flattened rows.
-    ``agree`` holds (row, earlier row, tokens) for each row that begins like an earlier one. ``mask`` is what the model is
-    given in place of an attention mask: by its being this very tensor the fast attention knows packed rows.
+    ``index (N,)`` is each packed position's place in the flattened batch, ``source (B, longest)`` the packed position
+    of every position of the rows (0 where a row has ended), ``place (N,)`` the way back, into the flattened rows.
+    ``agree`` holds (row, earlier row, tokens) for each row that begins like an earlier one. ``mask`` is what the model
+    is given in place of an attention mask: by its being this very tensor the fast attention knows packed rows.
     """
 
     def __init__(self, lengths: Tensor, time: int, agree: Sequence[tuple[int, int, int]] = ()) -> None:
