@@ -1,9 +1,9 @@
 """Bytes of optimiser state and of what is kept for backward, and peak memory, of methods that claim to save them.
 
 SmolLM2-135M, the linear layers of its blocks. State is counted after two steps of the method's own optimiser, every
-tensor of it, beside the formula of its sheet. Kept bytes are those of saved-tensor hooks up to the last hidden state
-(`bench.memory_kept`). The peak is of resident anonymous memory in a process of its own, over the steps. Decompositions
-are randomised ones, which changes no size.
+tensor of it. Kept bytes are those of saved-tensor hooks up to the last hidden state (`bench.memory_kept`). Both stand
+beside what `bench.memory_formulas` says of them from the model's config. The peak is of resident anonymous memory in a
+process of its own, over the steps. Decompositions are randomised ones, which changes no size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import memory_formulas as formulas
 from bench.harness import Report, figure, fresh, main, parser
 from bench.memory_kept import MEGABYTE, kept
 from bench.step import QUICK_SHAPE, RANK, SHAPE, base_model, batch
@@ -46,11 +47,11 @@ def measure(options: argparse.Namespace) -> Report:
     found = {label: fresh("bench.memory", "--case", label, *(["--quick"] if options.quick else [])) for label in cases}
     figures = []
     for label, one in found.items():
-        formula = one["state formula"]
-        note = f"formula {formula / MEGABYTE:.4g} MB"
-        figures.append(figure(f"{label}: state", one["state"] / MEGABYTE, "MB", note=note))
-        figures.append(figure(f"{label}: state off its formula", abs(one["state"] / formula - 1), at_most=TOLERANCE))
-        figures.append(figure(f"{label}: kept for backward", one["kept"] / MEGABYTE, "MB"))
+        for what, name in (("state", "state"), ("kept", "kept for backward")):
+            formula = one[f"{what} formula"]
+            note = f"formula {formula / MEGABYTE:.4g} MB"
+            figures.append(figure(f"{label}: {name}", one[what] / MEGABYTE, "MB", note=note))
+            figures.append(figure(f"{label}: {name} off its formula", abs(one[what] / formula - 1), at_most=TOLERANCE))
         figures.append(figure(f"{label}: peak anonymous memory", one["peak"] / MEGABYTE, "MB"))
     settings = {"dtype": "bfloat16", "shape": list(shape), "steps": STEPS, "recipes": cases}
     return Report(figures, found, settings)
@@ -66,7 +67,8 @@ def one(label: str, quick: bool) -> dict[str, float]:
     from veneer.train.optimizer import build
     from veneer.train.record import MemoryMeter
 
-    model, rows = base_model(), batch(*(QUICK_SHAPE if quick else SHAPE))
+    shape = QUICK_SHAPE if quick else SHAPE
+    model, rows = base_model(), batch(*shape)
     adapter = veneer.attach(model, CASES[label], calibration=[rows], seed=0, sites="linear")
     schedule = Schedule(100, 1e-4)
     adapter.optimizer = build(adapter, 1e-4, 0.0)
@@ -87,8 +89,9 @@ def one(label: str, quick: bool) -> dict[str, float]:
         saved = kept(model, lambda: model.model(input_ids=rows["input_ids"], use_cache=False).last_hidden_state)
     return {
         "state": sum(bytes_of(v) for s in adapter.optimizer.state.values() for v in s.values()),
-        "state formula": sum(formula(label, tuple(p.shape)) for p in adapter.parameters()),
+        "state formula": sum(formulas.state(label, tuple(p.shape)) for p in adapter.parameters() if p.requires_grad),
         "kept": saved,
+        "kept formula": kept_formula(label, adapter, formulas.Sizes.of(model.config, *shape)),
         "peak": peak,
     }
 
@@ -98,20 +101,22 @@ def bytes_of(value: Any) -> int:
     return value.numel() * value.element_size() if hasattr(value, "element_size") else 0
 
 
-def formula(label: str, shape: tuple[int, ...]) -> float:
-    """Bytes of state for one trained tensor, by the sheets' formulas in numbers of 4 bytes (moments of 1 in 8 bits)."""
-    size = 1
-    for n in shape:
-        size *= n
-    if len(shape) < 2 or label.split(",")[0] not in ("galore", "fira", "owlore", "frugal"):
-        return 4 * 2 * size
-    p, q = min(shape), max(shape)
-    if label == "frugal":
-        columns = shape[1] // 4
-        return 4 * 2 * shape[0] * columns + 8 * columns
-    r = min(128, p)
-    moments = 2 * q * r
-    return 4 * p * r + moments * (1 + 4 / 256 if label == "galore, 8 bits" else 4)
+def kept_formula(label: str, adapter: Any, sizes: formulas.Sizes) -> int:
+    """Bytes kept for backward by the method's formula; of the adapter it takes only what was drawn, and its fields."""
+    deltas = list(adapter.every().values())
+    if label in ("lora", "paca"):
+        return getattr(formulas, label)(sizes, RANK)
+    if label == "lst":
+        return formulas.lst(sizes, deltas[0].reduction)
+    if label == "sherl":
+        return formulas.sherl(sizes, deltas[0].reduction, deltas[0].late)
+    if label == "s2ft":
+        columns = [[0, 0] for _ in range(sizes.blocks)]
+        for d in deltas:
+            columns[d.site.block][d.site.role == "down"] = len(d.indices)
+        return formulas.s2ft(sizes, columns)
+    trained = (d.site.block for d in deltas if any(p.requires_grad for p in d.parameters()))
+    return formulas.written(sizes, set(trained))
 
 
 if __name__ == "__main__":
