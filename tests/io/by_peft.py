@@ -26,6 +26,9 @@ def saved(folder: Path, kind: str, *, initial: bool | str = False, form: str = "
     case = make(kind)
     if config.get("init_lora_weights") == "corda":
         _eigens(case.model, config["r"])
+    if config.get("init_lora_weights") == "lora_ga":
+        config["lora_ga_config"] = peft.LoraGAConfig()
+        _gradients(case.model)
     options = {"path_initial_model_for_weight_conversion": str(folder / "initial")} if initial == "convert" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,3 +82,11 @@ def _eigens(model, rank: int) -> None:
             U, S, Vh = torch.linalg.svd(module.weight.detach() @ C, full_matrices=False)
             V = torch.linalg.solve(C, Vh.T)
             module.eigens = SimpleNamespace(U_WC=U[:, :rank], S_WC=S[:rank].clone(), V_WC=V[:, :rank])
+
+
+def _gradients(model) -> None:
+    """What PEFT's preprocess_loraga leaves on the layers, here a gradient that is random, not measured."""
+    draw = torch.Generator().manual_seed(4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module._peft_loraga_grad = torch.randn(module.weight.shape, generator=draw)

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from by_peft import loaded, run, shake
-from models import make
+from models import VOCABULARY, make
 from safetensors.torch import load_file
 
 import veneer
+from veneer.core.hook import Schedule
 from veneer.errors import UserError
 
 CASES = {
@@ -32,6 +33,9 @@ CASES = {
     "PiSSA on DoRA": ("llama", "dora(rank=4, alpha=6)+pissa", "linear"),
     "PiSSA on DoRA on fused rows": ("gpt2", "dora(rank=4, alpha=6)+pissa", ["q", "v"]),
     "PiSSA beside a bias": ("bert", "lora-bias(rank=4, alpha=6)+pissa", "attention"),
+    "OLoRA": ("llama", "lora(rank=4, alpha=6)+olora", "linear"),
+    "LoRA-FA": ("llama", "lora-fa(rank=4, alpha=6)", "linear"),
+    "an embedding's rank-stabilised pair": ("embedding", "rslora(rank=4)", "embedding"),
     "gates": ("llama", "lora(rank=4, alpha=6)+sora", "linear"),
     "lora_bias": ("bert", "lora-bias(rank=4, alpha=6)", "attention"),
     "lora_bias on fused rows": ("gpt2", "lora-bias(rank=4, alpha=6)", ["q", "down"]),
@@ -53,6 +57,19 @@ def check(case, adapter, kind, directory):
     again = make(kind)
     veneer.load(again.model, directory)
     torch.testing.assert_close(run(again.model, case.batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+STARTS = ("lora+eva", "lora+corda", "lora+corda(mode='kpm')", "lora+lora-ga", "dora+lora-ga", "adalora", "lora+pissa")
+
+
+@pytest.mark.parametrize("recipe", STARTS)
+def test_peft_gives_our_outputs_after_a_start_from_data(recipe, tmp_path):
+    """What such a start moves out of the base goes with the pair: the base that PEFT has is the untouched one."""
+    ids = torch.randint(3, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+    options = {"calibration": [{"input_ids": ids, "labels": ids}], "schedule": Schedule(steps=9, lr=1e-3)}
+    case, adapter = attached("llama", recipe, "attention", rank=4, **options)
+    adapter.export(tmp_path / "out")
+    check(case, adapter, "llama", tmp_path / "out")
 
 
 FORMATS = [

@@ -1,8 +1,9 @@
 """Starts that move capacity out of the base, as PEFT derives them again when it loads an adapter.
 
 A directory started by PiSSA or OLoRA holds the trained factors and the name of the start; the base that they were
-trained on is W − s·B₀A₀, with the start (A₀, B₀) a function of W. CorDA, LoRA-GA and LoftQ start from data or from a
-quantised base, so that their start must be given: the directory that was saved before training.
+trained on is W − s·B₀A₀, with the start (A₀, B₀) a function of W. CorDA and LoRA-GA start from data, so that their
+start must be given: the directory that was saved before training. LoftQ trains beside a quantised base, which differs
+from W by more than its start: it reads on a base that is quantised.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from veneer.core.site import Site
+from veneer.core.site import Site, stored
 from veneer.errors import UserError
 from veneer.io.files import read_tensors
 from veneer.io.peft_config import CONFIG, LOST_STARTS, PLAIN_STARTS, TENSORS, Config, read_config
@@ -28,6 +29,13 @@ def starts(config: Config, sites: dict[str, Site], model: nn.Module, initial: Pa
     ``initial`` is the directory of the adapter before training, which stands above what can be derived.
     Raises UserError when the start is lost.
     """
+    if config.start == "loftq":
+        if all(stored(site.module) is not None for site in sites.values()):
+            return {}
+        raise UserError(
+            f"{config.path}: the adapter was started by loftq, which runs beside the base that PEFT quantised; load it "
+            "on a base in 4 bits, or, if this model holds PEFT's quantised weights, set init_lora_weights to true there"
+        )
     if initial is not None:
         return _given(config, sites, model, initial)
     if config.raw.get("kasa_config") is not None:
