@@ -133,7 +133,7 @@ def test_loftq_reads_on_a_quantised_base_alone(peft_directory):
     plain = file.read_text()
     here, dense = make("llama"), make("llama")
     file.write_text(json.dumps(json.loads(plain) | {"init_lora_weights": "loftq"}))
-    with pytest.raises(UserError, match="loftq.*quantised"):
+    with pytest.raises(UserError, match=r"loftq.*quantised"):
         veneer.load(here.model, directory)
     for path in (f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in Q):
         quantise_layer(here.model.get_submodule(path), 64, False, False)
