@@ -31,6 +31,7 @@ MODELS = {  # forms on whole modules, which not every architecture has
     "lst": ("llama", "gpt2", "bert", "vit"),
     "lst-fisher": ("llama", "bert"),
     "sherl": ("llama", "gpt2", "bert", "vit"),
+    "man": ("llama", "gpt2", "bert", "vit"),
     "mosa": ("llama", "gpt2", "vit", "t5"),
     "mosa-consistency": ("llama", "vit"),
 }
