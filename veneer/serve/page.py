@@ -3,41 +3,54 @@
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="color-scheme" content="light dark">
+<meta name="theme-color" content="#f6f5f2" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#141416" media="(prefers-color-scheme: dark)">
 <title>Veneer</title>
 <style>
-  :root { color-scheme: light dark; --line: #c8c8cc; --soft: #f3f3f5; --ink: #1b1b1f; --paper: #fff; --mark: #0b57d0; }
+  :root { color-scheme: light dark; --ground: #f6f5f2; --paper: #fff; --line: #dcd9d2; --ink: #1d1b18; --faint: #66625a;
+          --mark: #8a4b1f; --on-mark: #fff; --tint: #f3e7dc; --fault: #b3261e; }
   @media (prefers-color-scheme: dark) {
-    :root { --line: #45454b; --soft: #26262b; --ink: #ececf0; --paper: #17171a; --mark: #9cc2ff; }
+    :root { --ground: #141416; --paper: #1d1d20; --line: #37373c; --ink: #ececee; --faint: #a3a2a8;
+            --mark: #e8b083; --on-mark: #2b1706; --tint: #3a2a1e; --fault: #ffb4ab; }
   }
   * { box-sizing: border-box; }
-  body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-         display: flex; flex-direction: column; height: 100dvh; }
-  header { display: flex; gap: .75rem; align-items: center; padding: .5rem 1rem; border-bottom: 1px solid var(--line); }
-  h1 { font-size: 1.1rem; margin: 0; flex: 1; }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 1fr 1fr; }
-  section { min-width: 0; display: flex; flex-direction: column; border-right: 1px solid var(--line); }
-  section:last-child { border: 0; }
-  label { padding: .5rem 1rem; display: flex; gap: .5rem; align-items: center; }
-  .talk { flex: 1; overflow-y: auto; padding: 0 1rem 1rem; }
-  .talk p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; padding: .5rem .75rem;
-            border-radius: .5rem; }
-  .user { background: var(--soft); }
-  .fault { color: #b3261e; }
-  @media (prefers-color-scheme: dark) { .fault { color: #ffb4ab; } }
-  .note { font-size: .8rem; opacity: .75; padding: 0 1rem .5rem; min-height: 1.6rem; }
-  form { display: flex; gap: .5rem; padding: .75rem 1rem; border-top: 1px solid var(--line); }
-  textarea, input, select, button { font: inherit; color: inherit; background: var(--paper);
-    border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .6rem; }
+  body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+         display: flex; flex-direction: column; height: 100dvh;
+         padding: env(safe-area-inset-top) env(safe-area-inset-right) env(safe-area-inset-bottom)
+                  env(safe-area-inset-left); }
+  header { display: flex; gap: .75rem; align-items: center; padding: .6rem 1rem .2rem; }
+  h1 { font-size: 1.15rem; letter-spacing: .01em; margin: 0; flex: 1; }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; padding: .5rem 1rem 0; }
+  section { min-width: 0; min-height: 0; display: flex; flex-direction: column; background: var(--paper);
+            border: 1px solid var(--line); border-radius: .9rem; overflow: hidden; }
+  label { padding: .4rem .75rem; display: flex; gap: .5rem; align-items: center; border-bottom: 1px solid var(--line);
+          color: var(--faint); font-size: .9rem; }
+  .talk { flex: 1; overflow-y: auto; overscroll-behavior: contain; padding: .25rem .75rem .75rem; display: flex;
+          flex-direction: column; }
+  .talk p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; padding: .45rem .8rem;
+            border-radius: .9rem; max-width: 65ch; }
+  .user { background: var(--tint); align-self: flex-end; border-bottom-right-radius: .25rem; }
+  .answer { padding-left: .2rem; }
+  .answer:empty::before { content: "…"; color: var(--faint); }
+  .fault { color: var(--fault); }
+  .note { font-size: .8rem; color: var(--faint); padding: 0 .95rem .4rem; min-height: 1.6rem; }
+  form { display: flex; gap: .6rem; align-items: end; padding: .75rem 1rem; }
+  textarea, input, button { font: inherit; font-size: 1rem; color: var(--ink); background: var(--paper);
+    border: 1px solid var(--line); border-radius: .75rem; padding: .5rem .75rem; min-height: 2.75rem; }
   textarea { flex: 1; resize: none; min-width: 0; }
-  label input { flex: 1; min-width: 0; }
-  button { background: var(--mark); color: var(--paper); border: 0; min-width: 4.5rem; min-height: 2.75rem; }
-  button.plain { background: none; color: inherit; border: 1px solid var(--line); }
+  textarea::placeholder { color: var(--faint); opacity: 1; }
+  label input { flex: 1; min-width: 0; border-color: transparent; font-weight: 600; padding: .3rem .5rem; }
+  button { background: var(--mark); color: var(--on-mark); border: 0; min-width: 5rem; font-weight: 600;
+           cursor: pointer; }
+  button.plain { background: none; color: inherit; border: 1px solid var(--line); font-weight: 400; }
   :focus-visible { outline: 2px solid var(--mark); outline-offset: 1px; }
   @media (max-width: 640px) {
-    main { grid-template-columns: 1fr; grid-template-rows: 1fr 1fr; }
-    section { border-right: 0; border-bottom: 1px solid var(--line); min-height: 0; }
-    label { padding: .25rem 1rem; }
+    main { grid-template-columns: 1fr; grid-template-rows: 1fr 1fr; gap: .5rem; padding: .4rem .6rem 0; }
+    header { padding: .4rem .9rem 0; }
+    form { padding: .6rem; }
+    label { padding: 0 .75rem; }
   }
 </style>
 <header><h1>Veneer</h1><button class="plain" id="fresh" type="button">Start over</button></header>
@@ -107,7 +120,7 @@ async function ask(side, text, signal) {
   side.said.push({ role: "assistant", content: answer });
   const seconds = (performance.now() - began) / 1000;
   side.note.textContent = first === null ? "" :
-    `first token ${(first / 1000).toFixed(2)} s, ${(count / seconds).toFixed(1)} pieces/s`;
+    `first token ${(first / 1000).toFixed(2)} s, ${(count / Math.max(seconds, 0.001)).toFixed(1)} pieces/s`;
 }
 document.querySelector("form").addEventListener("submit", async (event) => {
   event.preventDefault();
