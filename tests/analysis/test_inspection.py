@@ -5,8 +5,9 @@ import torch
 from models import make
 
 import veneer
-from veneer.analysis.inspection import compared, inspect
-from veneer.analysis.intruders import effective_rank, intruders, overlap, shrunk
+from veneer.analysis.inspection import compared, inspect, spectra
+from veneer.analysis.intruders import effective_rank, intruders, mitigated, overlap, shrunk
+from veneer.core.site import find_sites
 from veneer.errors import UserError
 from veneer.numerics.factored import recompress
 
@@ -99,3 +100,88 @@ def test_a_form_without_a_matrix_is_refused():
     adapter = veneer.attach(make("llama").model, "bitfit")
     with pytest.raises(UserError, match="no weight matrix"):
         inspect(adapter)
+
+
+def spoilt(recipe="lora", factor=5.0, **given):
+    """An attached tiny model whose adapter is far from its start."""
+    model = make("llama").model
+    adapter = veneer.attach(model, recipe, rank=2, **given)
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            p.normal_(generator=torch.Generator().manual_seed(len(name))).mul_(factor)
+    return model, adapter
+
+
+def test_gram_matrices_give_the_decomposition_of_the_weight():
+    torch.manual_seed(0)
+    for shape in ((12, 30), (30, 12)):
+        W0, W = torch.randn(shape), torch.randn(shape)
+        U0 = torch.linalg.svd(W0, full_matrices=False)[0]
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        found = intruders(W0, W, 5)
+        torch.testing.assert_close(found.S, S[:5], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.similarity, (U[:, :5].T @ U0).abs().amax(1), atol=1e-4, rtol=0)
+        torch.testing.assert_close((found.U * found.S) @ found.V.T, (U[:, :5] * S[:5]) @ Vh[:5], atol=1e-4, rtol=0)
+        low = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])  # no digits left in a Gram matrix: the plain way
+        assert intruders(low, low, 3).count == 0
+
+
+def test_a_fold_into_bf16_loses_what_the_report_says():
+    model, adapter = spoilt(factor=1e-2)
+    row = inspect(adapter)["sites"][0]
+    site = next(s for s in adapter.sites if s.path == row["path"])
+    W, change = site.weight().clone(), adapter.deltas[row["path"]].weight()
+    half = model.bfloat16()
+    before = site.weight().float().clone()
+    with torch.no_grad():
+        site.write(W + change)
+    moved = site.weight().float() - before
+    assert half is model and row["fold_error"] == pytest.approx(
+        float((moved - change).norm() / change.norm()), rel=1e-3
+    )
+    assert row["unmoved"] == pytest.approx(float((moved == 0).float().mean()))
+
+
+def test_a_pair_has_as_many_singular_values_as_its_rank():
+    _, adapter = spoilt(factor=0.05)
+    for row in inspect(adapter)["sites"]:
+        S = torch.linalg.svdvals(adapter.deltas[row["path"]].weight())
+        assert sum(s > 0 for s in row["spectrum"]) == 2
+        assert row["spectrum"][:2] == pytest.approx(S[:2].tolist(), rel=1e-3)
+
+
+def test_spectra_of_the_weights_are_those_of_svd():
+    model = make("llama").model
+    sites = find_sites(model, "linear")
+    found = {(row["block"], row["role"]): row for row in spectra(sites)}
+    for site in sites:
+        row, S = found[site.block, site.role], torch.linalg.svdvals(site.weight())
+        assert row["top"] == pytest.approx(float(S[0]), rel=1e-5)
+        assert row["stable_rank"] == pytest.approx(float(S.square().sum() / S[0] ** 2), rel=1e-4)
+        assert row["effective_rank"] == pytest.approx(effective_rank(S), rel=1e-4)
+
+
+def test_zero_factors_and_wild_scales_are_named():
+    adapter = veneer.attach(make("llama").model, "lora", rank=2, alpha=1000)
+    found = " ".join(inspect(adapter)["warnings"])
+    assert "14 trained tensors are all zero" in found and ".B" in found
+    assert "14 scales are larger than 64" in found and "500" in found
+
+
+def test_shrunk_adapters_load_as_plain_lora_and_hold_the_formula(tmp_path):
+    _, adapter = spoilt()
+    factors, facts = mitigated(adapter, 0.25)
+    assert facts["intruders"] == inspect(adapter)["totals"]["intruders"] > 0
+    change, after = 0.0, 0.0
+    for f in factors:
+        W0, old = f.site.weight(), adapter.deltas[f.path].weight()
+        found = intruders(W0, W0 + old)
+        removed = (found.U * found.S)[:, found.flags] @ found.V[:, found.flags].T
+        new = f.scale * (f.B @ f.A)
+        torch.testing.assert_close(new, old - 0.75 * removed, atol=2e-4, rtol=1e-4)
+        change, after = change + float(old.square().sum()), after + float(new.square().sum())
+    assert facts["uniform"] == pytest.approx((after / change) ** 0.5, rel=1e-4)
+    with pytest.raises(UserError, match="in \\[0, 1\\]"):
+        mitigated(adapter, 1.5)
+    with pytest.raises(UserError, match="not plain LoRA"):
+        mitigated(spoilt("dora")[1], 0.5)

@@ -5,42 +5,23 @@ import json
 import sys
 
 import pytest
-import torch
 
 from veneer.cli import main
 
-WORDS = ["say", "the", "colour", "of", "sky", "grass", "rose", "red", "blue", "green"]
 SETTINGS = ["--rank", 4, "--steps", 30, "--lr", "2e-2", "--save-every", 15]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A two-layer Llama with a vocabulary of whole words, as a transformers folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def model(word_model):
+    """A small model, as a folder."""
+    return word_model
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(colour_rows, tmp_path_factory):
     """Forty questions about three colours."""
     path = tmp_path_factory.mktemp("data") / "colours.jsonl"
-    pairs = [("sky", "blue"), ("grass", "green"), ("rose", "red")]
-    rows = [{"prompt": f"say the colour of {pairs[i % 3][0]}", "completion": f" {pairs[i % 3][1]}"} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(40)))
     return path
 
 
@@ -173,19 +154,6 @@ def test_a_classifier_gets_a_head_for_the_classes_of_the_data(model, tmp_path, c
     assert veneer("train", "--model", model, "--data", data, "--out", out, *settings) == 0
     assert json.loads((out / "run.json").read_text())["held_out"]["scores"]["accuracy"] == 1.0
     assert "head  base tensor" in capsys.readouterr().out
-
-
-def test_inspect_looks_at_a_model_and_at_what_an_adapter_did(model, run, tmp_path, capsys):
-    folder, _ = run
-    assert veneer("inspect", "--model", model) == 0
-    assert "sites" in capsys.readouterr().out
-    assert (
-        veneer("inspect", folder / "adapter", folder / "adapter", "--model", model, "--out", tmp_path / "i.json") == 0
-    )
-    text = capsys.readouterr().out
-    assert "intruders among" in text and "mean cosine 1.000" in text
-    assert json.loads((tmp_path / "i.json").read_text())["compared"]
-    assert veneer("inspect", tmp_path / "nothing", "--model", model) == 2
 
 
 def test_plan_says_what_fits_and_refuses_what_does_not(model, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor
 
 from veneer.analysis.intruders import effective_rank, intruders, overlap
 from veneer.core.adapter import Adapter
+from veneer.core.site import Site
 from veneer.errors import UserError
+from veneer.io.files import read_json
 from veneer.parts.folding import folded_weights
 
 SPIKE = 1.0  # ‖ΔW‖₂ over ‖W‖₂ from which a change is called exploding
+SCALE = 64.0  # of a pair: four times what α = 256 at rank 16 gives
+ROUNDING = 3e-7  # of ‖W‖₂: below it a singular value of W + ΔW − W is fp32's rounding
+SPECTRUM = 16  # leading singular values of ΔW that a report keeps
 
 
 @torch.no_grad()
@@ -21,8 +27,9 @@ def inspect(adapter: Adapter, k: int = 10, epsilon: float = 0.5) -> dict[str, An
     """``sites`` (one dict each), ``blocks`` (means by transformer block), ``warnings`` (sentences), ``totals``.
 
     For each site: ``path``, ``role``, ``block``, ``shape``, ``norm`` (‖ΔW‖_F), ``drift`` (over ‖W‖_F), ``spike``
-    (‖ΔW‖₂ over ‖W‖₂), ``effective_rank``, ``intruders``, ``energy``, ``fold_error`` (the share of ΔW that folding into
-    the weight's own precision rounds away).
+    (‖ΔW‖₂ over ‖W‖₂), ``effective_rank`` and ``spectrum`` of ΔW, ``intruders``, ``energy``, ``similarity`` (of each
+    leading direction of W to the nearest of the base's), ``fold_error`` (‖bf16(W + ΔW) − bf16(W) − ΔW‖ over ‖ΔW‖, what
+    folding into bf16 rounds away) and ``unmoved`` (the share of entries of W that such a fold leaves as they are).
 
     Raises:
         UserError: nothing of the adapter folds, so there is no ΔW to look at.
@@ -32,17 +39,27 @@ def inspect(adapter: Adapter, k: int = 10, epsilon: float = 0.5) -> dict[str, An
         if site.name is not None or site.kind not in ("linear", "conv", "embedding"):
             continue
         W0 = site.weight()
-        rows.append(_row(site, W0.float(), new.float(), W0.dtype, k, epsilon))
+        rows.append(_row(site, W0.float(), new.float(), k, epsilon))
     if not rows:
         raise UserError(f"{adapter.recipe} changes no weight matrix that could be looked at")
     return {
         "recipe": str(adapter.recipe),
         "parameters": adapter.parameter_count(),
+        "epsilon": epsilon,
         "sites": rows,
         "blocks": _blocks(rows),
-        "warnings": _warnings(rows),
+        "warnings": _warnings(rows) + _factors(adapter),
         "totals": _means(rows) | {"intruders": sum(r["intruders"] for r in rows), "looked_at": k * len(rows)},
     }
+
+
+def another_base(adapter: Adapter, directory: str | Path) -> str | None:
+    """A warning when the adapter's files name another base than the model it now lies on (loading was forced)."""
+    record = Path(directory) / "recipe.json"
+    made_on = read_json(record).get("base") if record.is_file() else None
+    if made_on in (None, adapter.base):
+        return None
+    return f"it was made on another base ({made_on[:8]}…, this one is {adapter.base[:8]}…): trust no figure here"
 
 
 @torch.no_grad()
@@ -66,12 +83,12 @@ def _matrices(adapter: Adapter) -> list[tuple[Any, Tensor, Any]]:
     return [row for row in folded_weights(adapter) if row[0].name is None and row[1].ndim == 2]
 
 
-def _row(site: Any, W0: Tensor, W: Tensor, dtype: torch.dtype, k: int, epsilon: float) -> dict[str, Any]:
+def _row(site: Site, W0: Tensor, W: Tensor, k: int, epsilon: float) -> dict[str, Any]:
     change = W - W0
-    S = torch.linalg.svdvals(change)
     found = intruders(W0, W, k, epsilon)
-    norm, top = float(change.norm()), float(torch.linalg.matrix_norm(W0, 2))
-    lost = float((W.to(dtype).float() - W0 - change).norm())
+    S = _singular_values(change, floor=ROUNDING * found.top)
+    norm = float(change.norm())
+    moved = W.bfloat16().float() - W0.bfloat16().float()
     return {
         "path": site.path,
         "role": site.role,
@@ -79,15 +96,45 @@ def _row(site: Any, W0: Tensor, W: Tensor, dtype: torch.dtype, k: int, epsilon: 
         "shape": [site.out_features, site.in_features],
         "norm": norm,
         "drift": norm / max(float(W0.norm()), 1e-30),
-        "spike": float(S[0]) / max(top, 1e-30),
+        "spike": float(S[0]) / max(found.top, 1e-30),
         "effective_rank": effective_rank(S),
+        "spectrum": S[:SPECTRUM].tolist(),
         "intruders": found.count,
         "energy": found.energy,
-        "fold_error": lost / norm if norm else 0.0,
+        "similarity": found.similarity.tolist(),
+        "fold_error": float((moved - change).norm()) / norm if norm else 0.0,
+        "unmoved": float((moved == 0).float().mean()),
     }
 
 
-MEANS = ("drift", "spike", "effective_rank", "energy", "fold_error")
+def _singular_values(W: Tensor, floor: float = 0.0) -> Tensor:
+    """Descending, by the smaller Gram matrix in fp64; those up to ``floor`` count as 0."""
+    wide = (W.T if W.shape[0] > W.shape[1] else W).double()
+    if not bool(wide.isfinite().all()):
+        return torch.full((len(wide),), torch.nan)
+    S = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0).sqrt()
+    return S.where(floor < S, 0.0)
+
+
+@torch.no_grad()
+def spectra(sites: list[Site]) -> list[dict[str, Any]]:
+    """Of weights themselves, by block and role: ``top`` singular value, ``effective_rank``, the ``share`` of the full
+    rank that is, and ``stable_rank`` ‖W‖²_F/‖W‖₂²; sites of one block and role are averaged."""
+    groups: dict[tuple[int | None, str], list[tuple[float, float, float, float]]] = {}
+    for site in (s for s in sites if s.kind in ("linear", "conv")):
+        S = _singular_values(site.weight().float())
+        rank = effective_rank(S)
+        figures = (float(S[0]), rank, rank / len(S), float(S.square().sum() / S[0].square().clamp_min(1e-30)))
+        groups.setdefault((site.block, site.role), []).append(figures)
+    names = ("top", "effective_rank", "share", "stable_rank")
+    return [
+        {"block": block, "role": role, "sites": len(found)}
+        | {name: sum(f[i] for f in found) / len(found) for i, name in enumerate(names)}
+        for (block, role), found in groups.items()
+    ]
+
+
+MEANS = ("drift", "spike", "effective_rank", "energy", "fold_error", "unmoved")
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -118,9 +165,24 @@ def _warnings(rows: list[dict[str, Any]]) -> list[str]:
         found.append(f"at {len(spikes)} sites the change is larger than the weight itself ({_some(spikes)})")
     if lost:
         found.append(
-            f"at {len(lost)} sites folding into the base's precision would round away over half of the change "
+            f"at {len(lost)} sites folding into bf16 would round away over half of the change "
             f"({_some([r['path'] for r in lost])}): keep the adapter apart, or fold into fp32"
         )
+    return found
+
+
+def _factors(adapter: Adapter) -> list[str]:
+    """What the tensors themselves show: factors that are zero, scales that no setting would ask for."""
+    zero, scales = [], []
+    for path, delta in adapter.deltas.items():
+        zero += [f"{path}.{name}" for name, p in delta.named_parameters(recurse=False) if p.numel() and not p.any()]
+        scale = float(delta.scale)
+        scales += [] if math.isfinite(scale) and abs(scale) <= SCALE else [f"{path}: {scale:g}"]
+    found = []
+    if zero:
+        found.append(f"{len(zero)} trained tensors are all zero ({_some(zero)}): nothing was learned there")
+    if scales:
+        found.append(f"{len(scales)} scales are larger than {SCALE:g} ({_some(scales)}); was alpha meant?")
     return found
 
 

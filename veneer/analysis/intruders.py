@@ -9,24 +9,33 @@ with a uniform shrink to the same norm before you credit the removal of directio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from veneer.core.adapter import Adapter
+from veneer.errors import UserError
+
+if TYPE_CHECKING:
+    from veneer.io.plain import Factors
+
 Side = Literal["left", "right", "both"]
+WORST_RATIO = 1e-5  # of singular values: below it a Gram matrix in fp64 keeps too few digits of the vectors
 
 
 @dataclass(frozen=True)
 class Intruders:
     """Of one matrix: singular values ``S (k,)`` of the tuned weight, their ``similarity (k,)`` to the nearest
-    pretrained direction, ``flags (k,)``, and the directions ``U (out, k)``, ``V (in, k)``."""
+    pretrained direction, ``flags (k,)``, the directions ``U (out, k)``, ``V (in, k)``, and the base's largest singular
+    value ``top``."""
 
     S: Tensor
     similarity: Tensor
     flags: Tensor
     U: Tensor
     V: Tensor
+    top: float
 
     @property
     def count(self) -> int:
@@ -45,12 +54,25 @@ def intruders(W0: Tensor, W: Tensor, k: int = 10, epsilon: float = 0.5, side: Si
 
     A direction spread evenly over m pretrained vectors has similarity 1/√m: ε = 0.5 asks for more than four. In fp32.
     """
-    U0, _, Vh0 = torch.linalg.svd(W0.float(), full_matrices=False)
-    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+    U0, S0, Vh0 = _decomposed(W0)
+    U, S, Vh = _decomposed(W)
     U, S, V = U[:, :k], S[:k], Vh[:k].T
     left, right = (U.T @ U0).abs(), (V.T @ Vh0.T).abs()
     similarity = {"left": left, "right": right, "both": left * right}[side].amax(1)
-    return Intruders(S, similarity, similarity < epsilon, U, V)
+    return Intruders(S, similarity, similarity < epsilon, U, V, float(S0[0]))
+
+
+def _decomposed(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD in fp32, through the smaller Gram matrix in fp64 (half the time) where that keeps the digits."""
+    tall = W.shape[0] > W.shape[1]
+    wide = (W.T if tall else W).double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    S, U = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    if float(S[-1]) <= WORST_RATIO * float(S[0]):
+        return torch.linalg.svd(W.float(), full_matrices=False)
+    Vh = (U.T @ wide) / S[:, None]
+    U, S, Vh = (x.float() for x in ((Vh.T, S, U.T) if tall else (U, S, Vh)))
+    return U, S, Vh
 
 
 @torch.no_grad()
@@ -62,6 +84,40 @@ def shrunk(A: Tensor, B: Tensor, scale: float, found: Intruders, factor: float =
     chosen = found.flags
     U = found.U[:, chosen] * ((factor - 1.0) * found.S[chosen])
     return torch.cat([A.float(), found.V[:, chosen].T]), torch.cat([scale * B.float(), U], dim=1)
+
+
+@torch.no_grad()
+def mitigated(
+    adapter: Adapter, factor: float = 0.75, k: int = 10, epsilon: float = 0.5
+) -> tuple[list[Factors], dict[str, Any]]:
+    """The adapter's pairs with their intruders scaled by ``factor``, and what that did; the adapter stays as it is.
+
+    A layer without intruders keeps its factors. The facts are ``intruders``, ``layers`` that had some, ``rank`` (the
+    largest after), and ``uniform``: the one number that scales all changes to the same norm, which is the control that
+    a gain has to beat.
+
+    Raises:
+        UserError: the change is no plain pair somewhere, or ``factor`` is not in [0, 1].
+    """
+    from veneer.io.plain import Factors, plain_factors
+
+    if not 0 <= factor <= 1:
+        raise UserError(f"intruders were to be scaled by {factor:g}; a factor in [0, 1] was expected: 1 keeps them")
+    made, count, layers, before, after = [], 0, 0, 0.0, 0.0
+    for f in plain_factors(adapter, "an adapter with smaller intruders"):
+        W0, change = f.site.weight().float(), f.scale * (f.B @ f.A)
+        found = intruders(W0, W0 + change, k, epsilon)
+        before += float(change.square().sum())
+        if found.count:
+            A, B = shrunk(f.A, f.B, f.scale, found, factor)
+            extras = {n: v * f.scale if n == "lora_B.bias" else v for n, v in f.extras.items()}
+            f, change = Factors(f.site, A, B, 1.0, extras), B @ A
+            count, layers = count + found.count, layers + 1
+        after += float(change.square().sum())
+        made.append(f)
+    uniform = (after / before) ** 0.5 if before else 1.0
+    facts = {"factor": factor, "intruders": count, "layers": layers, "rank": max(f.rank for f in made)}
+    return made, facts | {"uniform": uniform}
 
 
 def effective_rank(S: Tensor) -> float:
