@@ -22,6 +22,17 @@ TITLES = {
 }
 
 
+FORMS = ("delta", "side", "mixture")
+MEMORY = {
+    "thin": "gradients and optimiser state of the added numbers alone",
+    "dense": "gradients as large as the adapted weights",
+    "replaced": "stands for W, which may be dropped",
+    "quantised": "the frozen weights in fewer bits",
+    "side": "no activation of the base is kept for a backward pass",
+}
+EXPORTS = ("peft", "peft-lora", "gguf", "merged")
+
+
 def page(methods: Iterable[Any]) -> str:
     """Markdown with one section an axis and one entry a method: name, paper, wants, fields, docstring."""
     found = list(methods)
@@ -59,6 +70,80 @@ def parameters(method: Any) -> str:
     if owner is None or owner.__module__.startswith("veneer.core."):  # the core's own says how to count, not what
         return ""
     return (owner.parameter_count.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+def folds(method: Any) -> bool:
+    """Whether the method is a form whose change can be put into the weights."""
+    return method.axis in FORMS and bool(getattr(method.cls, "folds", False))
+
+
+def exactly_lora(method: Any) -> bool:
+    """Whether the method is a form that is a plain pair."""
+    from veneer.core.delta import Delta
+
+    cls = method.cls
+    if not issubclass(cls, Delta) or {"as_lora", "folds"} & set(cls.reasons):
+        return False
+    return cls.pair is not Delta.pair or cls.as_lora is not Delta.as_lora
+
+
+def exports(method: Any) -> tuple[str, ...]:
+    """The formats of ``export`` that take a form; ``peft-lora`` and ``gguf`` the nearest pair where it is none."""
+    if method.axis not in FORMS:
+        return ()
+    kind = getattr(method.cls, "peft", None)
+    own = exactly_lora(method) or (kind is not None and kind.write)
+    return tuple(name for name in EXPORTS if (own if name == "peft" else folds(method)))
+
+
+def memory(method: Any) -> str:
+    """The class of memory that a method makes, a key of MEMORY; empty where its form decides."""
+    if method.axis == "base":
+        return "quantised" if "quant" in method.cls.__module__ + (method.cls.__doc__ or "").lower() else ""
+    if method.axis == "side":
+        return "side"
+    if "dense-gradient" in (*method.gives, *method.wants):
+        return "dense"
+    if method.axis not in FORMS:
+        return ""
+    return "replaced" if method.cls.replaces else "thin"
+
+
+def selected(
+    methods: Iterable[Any],
+    *,
+    foldable: bool | None = None,
+    exportable: str | None = None,
+    layer: str | None = None,
+    memory_class: str | None = None,
+) -> list[Any]:
+    """The methods that answer to every filter given; all but ``memory_class`` leave forms alone."""
+    found = list(methods)
+    if foldable is not None:
+        found = [m for m in found if m.axis in FORMS and folds(m) == foldable]
+    if exportable is not None:
+        found = [m for m in found if exportable in exports(m)]
+    if layer is not None:
+        found = [m for m in found if m.axis in FORMS and layer in m.cls.layers]
+    if memory_class is not None:
+        found = [m for m in found if memory(m) == memory_class]
+    return found
+
+
+def carried(method: Any) -> list[str]:
+    """The sentences about where a form goes, what it lies on, and what memory it takes."""
+    lines = []
+    if method.axis in FORMS:
+        kind = getattr(method.cls, "peft", None)
+        words = [kind.type + (" of PEFT" if kind.write else " of PEFT (read only)")] if kind is not None else []
+        plain = "plain LoRA" if exactly_lora(method) else "plain LoRA to a rank or tolerance" if folds(method) else ""
+        words += [w for w in (plain, "merged" if folds(method) else "") if w]
+        lines.append("layers: " + ", ".join(method.cls.layers))
+        lines += ["folds: yes"] if folds(method) else []
+        lines.append("exports as: " + (", ".join(words) or "nothing; it is saved in Veneer's own format"))
+    if memory(method):
+        lines.append(f"memory: {memory(method)}, {MEMORY[memory(method)]}")
+    return lines
 
 
 def declared(method: Any) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import UserError
-from veneer.report.catalogue import TITLES, fields, parameters
+from veneer.report.catalogue import FORMS, TITLES, exactly_lora, fields, parameters
 
 Record = Mapping[str, Any]
 
@@ -177,18 +177,19 @@ def _verdicts(records: Sequence[Record]) -> str:
 # -- claims and benches ------------------------------------------------------------------------------------------------
 
 
-def records(folder: Path) -> list[Record]:
-    """The JSON objects of a folder in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+def records(folder: Path, only: str = "") -> list[Record]:
+    """The JSON objects of a folder in the order of their names, of files whose names hold ``only``."""
+    paths = [path for path in sorted(folder.glob("*.json")) if only in path.stem.replace("_", "-")]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def claims_by_method(folder: Path, names: Iterable[str] = ()) -> dict[str, list[Record]]:
+def claims_by_method(folder: Path, names: Iterable[str] = (), only: str = "") -> dict[str, list[Record]]:
     """What was found of each method's claims; of ``sara-idle``, where no method has that name, ``sara`` is the method.
 
-    Underscores in a claim's name are the hyphens of the registry's.
+    Underscores in a claim's name are the hyphens of the registry's. ``only`` reads but the files named after a method.
     """
     known, found = set(names), {}
-    for record in records(folder):
+    for record in records(folder, only):
         own = name = record["name"].replace("_", "-")
         while name not in known and "-" in name:
             name = name.rpartition("-")[0]
@@ -273,21 +274,13 @@ def interchange_table(methods: Iterable[Any]) -> list[str]:
     """For each form: whether it folds, is plain LoRA exactly, and how it lies in a PEFT directory."""
     rows = []
     for m in methods:
-        if m.axis not in ("delta", "side", "mixture"):
+        if m.axis not in FORMS:
             continue
         folds = _said(m, "folds", getattr(m.cls, "folds", False))
-        rows.append([f"[{m.name}](methods/{m.name}.md)", folds, _said(m, "as_lora", _plain(m)), _peft(m)])
+        rows.append([f"[{m.name}](methods/{m.name}.md)", folds, _said(m, "as_lora", exactly_lora(m)), _peft(m)])
     return table(("form", "folds, and so merges", "plain LoRA: PEFT, GGUF", "own PEFT kind"), rows)
 
 
 def _said(method: Any, what: str, yes: bool) -> str:
     reasons = getattr(method.cls, "reasons", None) or {}
     return f"no: {escaped(reasons[what])}" if what in reasons else "yes" if yes else "no"
-
-
-def _plain(method: Any) -> bool:
-    from veneer.core.delta import Delta
-
-    return issubclass(method.cls, Delta) and (
-        method.cls.pair is not Delta.pair or method.cls.as_lora is not Delta.as_lora
-    )
