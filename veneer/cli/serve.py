@@ -46,6 +46,9 @@ def command(
     ] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the computation.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to compute on.", show_default=False)] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Servers with a copy of the base each, under Ray Serve; routed by adapter.")
+    ] = 1,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests under way when it is stopped.")] = 30.0,
     check: Annotated[bool, typer.Option("--check", help="Say what will fit, and serve nothing.")] = False,
 ) -> None:
@@ -55,9 +58,6 @@ def command(
     """
     from pathlib import Path
 
-    import torch
-
-    import veneer
     from veneer.errors import UserError
     from veneer.report.screen import screen
 
@@ -67,37 +67,23 @@ def command(
     if token is None and host not in LOCAL:
         raise UserError(f"--host {host} lets other machines ask; set --token or VENEER_TOKEN, or leave --host out")
     from veneer.serve.check import check as look
-    from veneer.serve.check import pages_of
-    from veneer.serve.engine import Engine, Limits
-    from veneer.serve.policies.catalogue import POLICIES
     from veneer.serve.run import packages, run
-    from veneer.serve.trunk import Trunk
+    from veneer.serve.start import Start
 
-    if not check:
-        packages()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    base, tokenizer = veneer.load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    if tokenizer is None:
-        raise UserError(f"{model} holds no tokenizer; put the tokenizer's files beside the model's weights")
-    trunk = Trunk(base)
-    pages = pages_of(trunk, int(memory * 1e9))
+    start = Start(model, dtype, memory, batch, queue, chunk, policy, deadline, eviction, threads)
     if check:
+        trunk, pages, _ = start.trunk()
         plan = look(trunk, root, pages)
         screen().print("\n".join(plan.lines(batch, min(512, trunk.longest))), markup=False, highlight=False)
         return
-    chosen = POLICIES[policy](deadline=deadline) if policy == "abort" else POLICIES[policy]()
-    engine = Engine(
-        trunk, pages, policy=chosen, limits=Limits(batch=batch, queue=queue, chunk=chunk), eviction=eviction
-    )
-    run(
-        engine,
-        tokenizer,
-        base=name or Path(model).name,
-        adapters=root,
-        token=token,
-        host=host,
-        port=port,
-        drain=drain,
-        pinned=frozenset(pin or ()),
-    )
+    packages()
+    from veneer.serve.app import Settings
+
+    settings = Settings(name or Path(model).name, root, token, drain=drain, pinned=frozenset(pin or ()))
+    if replicas > 1:
+        from veneer.serve import replicas as several
+
+        several.run(start, settings, replicas, host, port)
+        return
+    engine, tokenizer = start.engine()
+    run(engine, tokenizer, settings, host, port)

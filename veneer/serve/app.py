@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from veneer.errors import UserError
@@ -31,6 +31,7 @@ from veneer.serve.request import Request
 from veneer.serve.sampling import Sampling
 from veneer.serve.schema import Addition, Chat, Completion, Failure
 from veneer.serve.service import Busy, Service, facts
+from veneer.serve.stream import Stream
 from veneer.serve.watch import Watch
 
 log = logging.getLogger("veneer.serve")
@@ -49,6 +50,7 @@ class Settings:
         body: the largest body in bytes.
         drain: seconds that requests under way get when the server stops.
         watch: seconds between looks at the folder; 0 looks once.
+        patience: seconds for which a stream's reader may take nothing.
     """
 
     base: str
@@ -58,6 +60,7 @@ class Settings:
     drain: float = 30.0
     watch: float = 1.0
     pinned: frozenset[str] = frozenset()
+    patience: float = 60.0
 
 
 def build(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -225,7 +228,7 @@ def _openai(app: FastAPI, service: Service, tokenizer: Any, settings: Settings, 
             _note(app, request, body.model)
             raise
         events = _noted(app, request, body.model, answer.stream(first, pieces, body.usage))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return Stream(events, settings.patience)
 
 
 async def _noted(app: FastAPI, request: Request, model: str, events: AsyncIterator[str]) -> AsyncIterator[str]:

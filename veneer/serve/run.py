@@ -7,11 +7,13 @@ import json
 import logging
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import UserError
 from veneer.serve.engine import Engine
+
+if TYPE_CHECKING:
+    from veneer.serve.app import Settings
 
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
@@ -40,23 +42,12 @@ class Lines(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def run(
-    engine: Engine,
-    tokenizer: Any,
-    *,
-    base: str,
-    adapters: Path | None,
-    token: str | None,
-    host: str,
-    port: int,
-    drain: float,
-    pinned: frozenset[str] = frozenset(),
-) -> None:
-    """Serve until a signal; requests under way get ``drain`` seconds to finish."""
+def run(engine: Engine, tokenizer: Any, settings: Settings, host: str, port: int) -> None:
+    """Serve until a signal; requests under way get ``settings.drain`` seconds to finish."""
     packages()
     import uvicorn
 
-    from veneer.serve.app import Settings, build
+    from veneer.serve.app import build
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
@@ -64,15 +55,15 @@ def run(
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(logging.INFO)
-    app = build(engine, tokenizer, Settings(base, adapters, token, drain=drain, pinned=pinned))
     config = uvicorn.Config(
-        app,
+        build(engine, tokenizer, settings),
         host=host,
         port=port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=max(1, int(drain)),
+        timeout_graceful_shutdown=max(1, int(settings.drain)),
         limit_concurrency=4 * (engine.limits.batch + engine.limits.queue) + 64,
+        http="h11",
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = uvicorn.Server(config)

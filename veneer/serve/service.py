@@ -32,13 +32,13 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.draining = False
-        self.open = 0
         self.failure: str | None = None
         self._wake = threading.Event()
         self._stop = False
         self._thread: threading.Thread | None = None
         self._out: list[Event] = []
         self._queues: dict[Request, asyncio.Queue[Event]] = {}
+        self._open: set[Request] = set()
         self._rate = 0.0
         engine._notify = engine.bank.loader.notify = self._wake.set
 
@@ -59,6 +59,11 @@ class Service:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 10)
         self.engine.close()
+
+    @property
+    def open(self) -> int:
+        """Requests that the engine has not finished; whether their answers were read does not matter."""
+        return len(self._open)
 
     def check(self) -> None:
         """Raise Busy when no request can be taken now."""
@@ -82,7 +87,7 @@ class Service:
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[request] = queue
         request.sink = self._out.append
-        self.open += 1
+        self._open.add(request)
         try:
             self.engine.submit(request)
             while True:
@@ -91,7 +96,7 @@ class Service:
                 if event.reason is not None:
                     return
         finally:
-            self.open -= 1
+            self._open.discard(request)
             del self._queues[request]
             if request.reason is None:
                 self.engine.cancel(request)
@@ -125,6 +130,8 @@ class Service:
 
     def _hand(self, events: list[Event]) -> None:
         for event in events:
+            if event.reason is not None:
+                self._open.discard(event.request)
             queue = self._queues.get(event.request)
             if queue is not None:
                 queue.put_nowait(event)
