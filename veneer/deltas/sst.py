@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, LoRAForm, Slot
@@ -128,8 +129,14 @@ class SST(Delta):
         return y + b.to(y.dtype).view(-1, *ones)
 
     def update(self, x: Tensor) -> Tensor:
-        """The whole product. The last two terms are zero, and carry the enhanced gradients of u and of v."""
+        """The whole product. At a convolution or embedding it is taken in pieces by autograd.
+
+        The last two of them are zero, and carry the enhanced gradients of u and of v.
+        """
         site, at = self.site, self.active
+        if site.kind == "linear":
+            own = (self.sigma, self.u, self.v, self.U, self.Vh, at, self.compute_dtype(x))
+            return _Spectral.apply(x, *own, self.gradient == "enhanced")
         resting = self.sigma.index_fill(0, at, 0.0)
         U, Vh, u, v, resting, sigma = self.cast(x, self.U, self.Vh, self.u, self.v, resting, self.sigma[at])
         y = site.lift(site.project(x, Vh) * resting, U)
@@ -155,6 +162,40 @@ class SST(Delta):
         """m + r·(in + out), m = min(in, out)."""
         out, inn = self.site.out_features, self.site.in_features
         return min(out, inn) + self.count * (inn + out)
+
+
+class _Spectral(torch.autograd.Function):
+    """``((x Vhᵀ)∘σ) Uᵀ`` with the active vectors in their places. Backward keeps x, and makes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x, sigma, u, v, U, Vh, active, dtype, enhanced):
+        ctx.save_for_backward(x, sigma, u, v, U, Vh, active)
+        ctx.facts = dtype, enhanced
+        with torch.autocast(x.device.type, enabled=False):
+            U, V = _placed(U, u, active, 1, dtype), _placed(Vh, v, active, 0, dtype)
+            h = x.reshape(-1, x.shape[-1]).to(dtype) @ V.T
+            return (h.mul_(sigma.to(dtype)) @ U.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, sigma, u, v, U, Vh, active = ctx.saved_tensors
+        dtype, enhanced = ctx.facts
+        with torch.autocast(x.device.type, enabled=False):
+            U, V = _placed(U, u, active, 1, dtype), _placed(Vh, v, active, 0, dtype)
+            rows, g = x.reshape(-1, x.shape[-1]).to(dtype), grad.reshape(-1, grad.shape[-1])
+            h, back = rows @ V.T, g @ U
+            grad_sigma = (h * back).sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(sigma.dtype)
+            factor = 1.0 if enhanced else sigma[active]
+            grad_u = (g.T @ h[:, active]).to(u.dtype) * factor
+            grad_v = ((back[:, active].T @ rows).to(v.dtype).T * factor).T
+            grad_x = (back.mul_(sigma.to(dtype)) @ V).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_sigma, grad_u, grad_v, None, None, None, None, None
+
+
+def _placed(resting: Tensor, active: Tensor, at: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """A copy of all vectors in ``dtype``, with those that train in their places."""
+    return resting.to(dtype, copy=True).index_copy_(dim, at, active.detach().to(dtype))
 
 
 def probabilities(sigma: Tensor) -> Tensor:
