@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from veneer.core.hook import Optim
 from veneer.core.registry import method
@@ -20,36 +21,51 @@ if TYPE_CHECKING:
 Split = Literal["sylvester", "symmetry", "zero"]
 
 
+class Solves:
+    """What the adjustments of pairs of one shape share: A (…, r, in) and B (…, out, r) in fp64, and Gram inverses.
+
+    An inverse is ridged by 1e-8 of the mean eigenvalue, and that of 0 is 0, so that while B = 0 only B moves.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
+        self.dtype, self.scale = A.dtype, scale
+        self.a, self.b = A.double(), B.double()
+        self.gram_a, self.gram_b = self.a @ self.a.mT, self.b.mT @ self.b
+        self.inverse_a, self.inverse_b = gram_inverse(self.gram_a), gram_inverse(self.gram_b)
+
+    def adjusted(
+        self, grad_A: Tensor | None, grad_B: Tensor | None, split: Split
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(h_A, h_B), shaped as A and B: their equivalent gradient is nearest to ∂L/∂W; of a frozen factor None."""
+        g_A, g_B = (None if g is None else g.double() / self.scale**2 for g in (grad_A, grad_B))
+        h_A = None if g_A is None else self.inverse_b @ g_A
+        h_B = None if g_B is None else g_B @ self.inverse_a
+        if h_A is not None and h_B is not None:
+            shared = self.inverse_b @ (self.b.mT @ g_B) @ self.inverse_a
+            X = 0
+            if split == "symmetry":
+                X = -shared / 2
+            elif split == "sylvester":
+                X = sylvester_symmetric(self.gram_b, self.gram_a, -h_A @ self.a.mT)
+            h_B = h_B - self.b @ (shared + X)
+            h_A = h_A if split == "zero" else h_A + X @ self.a
+        return tuple(None if h is None else h.to(self.dtype) for h in (h_A, h_B))
+
+
 def adjusted(
     A: Tensor, B: Tensor, grad_A: Tensor | None, grad_B: Tensor | None, scale: float, split: Split = "sylvester"
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(h_A, h_B), shaped as A (r, in) and B (out, r): their equivalent gradient is nearest to ∂L/∂W.
-
-    The gradient of a frozen factor is None, and so is its h. Gram matrices and solves are in fp64; an inverse is ridged
-    by 1e-8 of the mean eigenvalue, and that of 0 is 0, so that while B = 0 only B moves.
-    """
-    a, b = A.double(), B.double()
-    inverse_A, inverse_B = gram_inverse(a @ a.mT), gram_inverse(b.mT @ b)
-    if grad_A is None or grad_B is None:
-        h_A = None if grad_A is None else (inverse_B @ grad_A.double() / scale**2).to(A.dtype)
-        h_B = None if grad_B is None else (grad_B.double() @ inverse_A / scale**2).to(B.dtype)
-        return h_A, h_B
-    g_A, g_B = grad_A.double() / scale**2, grad_B.double() / scale**2
-    h_A, shared = inverse_B @ g_A, inverse_B @ (b.mT @ g_B) @ inverse_A
-    h_B = g_B @ inverse_A - b @ shared
-    if split != "zero":
-        X = -shared / 2 if split == "symmetry" else sylvester_symmetric(b.mT @ b, a @ a.mT, -h_A @ a.mT)
-        h_A, h_B = h_A + X @ a, h_B - b @ X
-    return h_A.to(A.dtype), h_B.to(B.dtype)
+    """(h_A, h_B) of one pair A (r, in), B (out, r), or of a stack of pairs."""
+    return Solves(A, B, scale).adjusted(grad_A, grad_B, split)
 
 
-def equivalent(A: Tensor, B: Tensor, h_A: Tensor | None, h_B: Tensor | None, scale: float) -> Tensor:
-    """g̃ = s·(B h_A + h_B A) (out, in): what a step on the factors is to W, to first order."""
-    total = torch.zeros(B.shape[0], A.shape[1], dtype=A.dtype, device=A.device)
-    for left, right in ((B, h_A), (h_B, A)):
-        if left is not None and right is not None:
-            total.addmm_(left, right, alpha=scale)
-    return total
+def equivalent(
+    A: Tensor, B: Tensor, h_A: Tensor | None, h_B: Tensor | None, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """g̃ = s·(B h_A + h_B A) (out, in): what a step on the factors is to W, to first order; as one product."""
+    both = [(left, right) for left, right in ((B, h_A), (h_B, A)) if left is not None and right is not None]
+    lefts, rights = zip(*both)
+    return torch.mm(torch.cat(lefts, 1).mul_(scale), torch.cat(rights), out=out)
 
 
 @method("lora-pro", axis="optim", paper="arXiv:2407.18242", system=26, wants=("pair",), defaults="lora")
@@ -102,9 +118,36 @@ class LoRAPro(Optim):
         """Efficient mode: put h in the gradients' place."""
         if self.mode == "full":
             return
-        for _, A, B, scale in self.adapter.pairs():
-            if A.grad is not None or B.grad is not None:
-                A.grad, B.grad = adjusted(A, B, A.grad, B.grad, scale, self.split)
+        for pairs, scale in alike(self.adapter.pairs()):
+            h_A, h_B = solves(pairs, scale).adjusted(*gradients(pairs), self.split)
+            for n, (A, B) in enumerate(pairs):
+                A.grad, B.grad = (None if h is None else h[n] for h in (h_A, h_B))
+
+
+Pairs = list[tuple[nn.Parameter, nn.Parameter]]
+
+
+def alike(pairs: Iterable[tuple[Any, nn.Parameter, nn.Parameter, float]]) -> Iterator[tuple[Pairs, float]]:
+    """The pairs with a gradient that can be solved together, and their scale: of the same shapes, scale and factors
+    that train."""
+    found: dict[tuple, Pairs] = {}
+    for _, A, B, scale in pairs:
+        trains = A.grad is not None, B.grad is not None
+        if any(trains):
+            found.setdefault((A.shape, B.shape, A.device, scale, trains), []).append((A, B))
+    for (*_, scale, _), same in found.items():
+        yield same, scale
+
+
+def solves(pairs: Pairs, scale: float) -> Solves:
+    """Of some pairs that are alike."""
+    return Solves(*(torch.stack(factors) for factors in zip(*pairs)), scale)
+
+
+def gradients(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
+    """Those of A (n, r, in) and of B (n, out, r); None where they do not train."""
+    stacks = [[p.grad for p in factors] for factors in zip(*pairs)]
+    return tuple(None if None in grads else torch.stack(grads) for grads in stacks)
 
 
 class WeightSpaceAdam(torch.optim.AdamW):
@@ -123,11 +166,13 @@ class WeightSpaceAdam(torch.optim.AdamW):
                 loss = closure()
         groups = {p: group for group in self.param_groups for p in group["params"]}
         taken: list[tuple[nn.Parameter, Tensor]] = []
-        for _, A, B, scale in self.method.adapter.pairs():
-            mine = [p for p in (A, B) if p in groups and p.grad is not None]
-            if mine:
-                self._step_pair(A, B, scale, groups)
-                taken += [(p, p.grad) for p in mine]
+        for p in (p for _, *pair, _ in self.method.adapter.pairs() for p in pair):
+            if p not in groups and p.grad is not None:
+                taken.append((p, p.grad))
+                p.grad = None  # another's to step
+        for pairs, scale in alike(self.method.adapter.pairs()):
+            self._step_pairs(pairs, scale, groups)
+            taken += [(p, p.grad) for pair in pairs for p in pair if p.grad is not None]
         for p, _ in taken:
             p.grad = None
         super().step()
@@ -135,20 +180,53 @@ class WeightSpaceAdam(torch.optim.AdamW):
             p.grad = grad
         return loss
 
-    def _step_pair(self, A: nn.Parameter, B: nn.Parameter, scale: float, groups: dict[nn.Parameter, dict]) -> None:
-        grads = [p.grad if p in groups else None for p in (A, B)]
-        owner = B if B in groups else A
-        state, (beta1, beta2), eps = self.state[owner], groups[owner]["betas"], groups[owner]["eps"]
-        e = equivalent(A, B, *adjusted(A, B, *grads, scale, "zero"), scale)
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(e).view(-1), torch.zeros_like(e).view(-1)
-        state["step"] += 1
-        t, m, v = state["step"].item(), state["exp_avg"].view_as(e), state["exp_avg_sq"].view_as(e)
-        m.lerp_(e, 1 - beta1)
-        v.mul_(beta2).addcmul_(e, e, value=1 - beta2)
-        n = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt_() + eps)
-        again = [None if g is None else scale * p for g, p in zip(grads, (B.mT @ n, n @ A.mT))]
-        for p, h in zip((A, B), adjusted(A, B, *again, scale, self.method.split)):
-            if h is not None:
+    def _step_pairs(self, pairs: Pairs, scale: float, groups: dict[nn.Parameter, dict[str, Any]]) -> None:
+        solved, grads = solves(pairs, scale), gradients(pairs)
+        nearest = solved.adjusted(*grads, "zero")
+        again = [None if g is None else torch.empty_like(g) for g in grads]
+        out, inn = pairs[0][1].shape[0], pairs[0][0].shape[1]
+        room = pairs[0][0].new_empty(2, out, inn)
+        for n, (A, B) in enumerate(pairs):
+            group, state = self._owned(A, B, out * inn, groups)
+            e = equivalent(A, B, *(None if h is None else h[n] for h in nearest), scale, room[0])
+            step = normalised(e, state, group, room[1])
+            for stack, value in zip(again, ((B.mT, step), (step, A.mT))):
+                if stack is not None:
+                    torch.mm(*value, out=stack[n]).mul_(scale)
+        for factors, moves in zip(zip(*pairs), solved.adjusted(*again, self.method.split)):
+            for p, h in zip(factors, moves if moves is not None else ()):
                 p.mul_(1 - groups[p]["lr"] * groups[p]["weight_decay"]).sub_(h, alpha=groups[p]["lr"])
+
+    def _owned(self, A: nn.Parameter, B: nn.Parameter, size: int, groups: dict) -> tuple[dict[str, Any], dict]:
+        """The group and the state of a pair, which are B's where it trains."""
+        owner = B if B in groups and B.grad is not None else A
+        state = self.state[owner]
+        if not state:
+            state["step"] = torch.zeros((), device=A.device)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros(size, device=A.device) for _ in range(2))
+        return groups[owner], state
+
+
+def normalised(e: Tensor, state: dict[str, Tensor], group: dict[str, Any], out: Tensor) -> Tensor:
+    """Adam's normalised step n for the gradient e (out, in), written to ``out``.
+
+    It is where torch's own step takes a 0 at rate −1; that goes through the moments once.
+    """
+    beta1, beta2 = group["betas"]
+    adam(
+        [out.zero_().view(-1)],
+        [e.view(-1)],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=e.device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=-1.0,
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+    return out
