@@ -149,19 +149,21 @@ def importance_score(change: Tensor, gradient: Tensor, score: str = "sqrt") -> T
 class IncreLoRARanks(Ranks):
     """Give more rank to the sites that matter most, round by round, until the budget is spent (Zhang et al. 2023).
 
-    Each step, with G = ∂L/∂ΔW of the batch: S = Σ|ΔW∘G|/√(out·in), Ī ← β₁Ī + (1−β₁)S, Ū ← β₂Ū + (1−β₂)|S − Ī|. After t₀
-    steps, every Δ steps, the ``top`` sites by Ī·Ū get d components more: their waiting ones are switched on, and others
-    wait in their place. What a round makes is one parameter group, whose warm-up and decay start then and end with the
-    run. The loss gets λ times the mean of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F over sites. When Σρ reaches R̄ times the number
-    of sites, and at the end, the waiting blocks are dropped.
+    At a scored step, with G = ∂L/∂ΔW of the batch: S = Σ|ΔW∘G|/√(out·in), Ī ← β₁Ī + (1−β₁)S, Ū ← β₂Ū + (1−β₂)|S − Ī|.
+    After t₀ steps, every Δ steps, the ``top`` sites by Ī·Ū get d components more: their waiting ones are switched on,
+    and others wait in their place. What a round makes is one parameter group, whose warm-up and decay start then and
+    end with the run. The loss gets λ times the mean of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F over sites. When Σρ reaches R̄
+    times the number of sites, and at the end, the waiting blocks are dropped.
 
     Defaults: R̄ = 8, d = R̄/2 (official for 2, 4, 6, 8), β₁ = β₂ = 0.85, λ = 0.1 (RTE 0.3). ``top``: a fourteenth of the
     sites, which is the scripts' 5 of 72, and more in a short run. t₀ and Δ: a tenth of the run, then rounds evenly up
     to six tenths of it; the scripts have 100/100 for small tasks and 1000/1000 for large ones.
 
-    G is made from activations in backward and not kept; under accumulation the score is the mean over micro-batches
-    (official: the last one), and over processes. Each round takes no more than fits the budget (official: ties and
-    d > 1 overshoot, and then it never stops). A schedule that cannot finish in time is refused (official: printed).
+    G costs as much as half the step, so ``scores`` steps between two rounds are scored, evenly, the one of the round
+    last (official: every step; a number of at least Δ is that). It is made from activations and not kept; under
+    accumulation the score is the mean over micro-batches (official: the last one), and over processes. Each round takes
+    no more than fits the budget (official: ties and d > 1 overshoot, and then it never stops). A schedule that cannot
+    finish in time is refused (official: printed).
     ``score="mean"`` divides by out·in as in the paper, ``scaling="fixed"`` holds s at α/R̄.
     """
 
@@ -170,13 +172,16 @@ class IncreLoRARanks(Ranks):
     top: Annotated[int | None, At(ge=1, doc="sites that grow in a round; a fourteenth when None")] = None
     wait: Annotated[int | None, At(ge=0, doc="t₀, steps before the first round; a tenth when None")] = None
     interval: Annotated[int | None, At(ge=1, doc="Δ, steps between rounds; by the run when None")] = None
-    beta1: Annotated[float, At(ge=0, lt=1, doc="decay of Ī")] = 0.85
-    beta2: Annotated[float, At(ge=0, lt=1, doc="decay of Ū")] = 0.85
+    scores: Annotated[int, At(ge=1, doc="scored steps between two rounds")] = 4
+    beta1: Annotated[float, At(ge=0, lt=1, doc="decay of Ī, a score")] = 0.85
+    beta2: Annotated[float, At(ge=0, lt=1, doc="decay of Ū, a score")] = 0.85
     orthogonality: Annotated[float, At(ge=0, doc="λ")] = 0.1
     advance: Annotated[bool, At(doc="let the next components learn a direction before they count")] = True
     own_clock: Annotated[bool, At(doc="warm-up and decay of a round start with it")] = True
     score: Annotated[Literal["sqrt", "mean"], At(doc="what S is divided by")] = "sqrt"
     scaling: Annotated[Literal["active", "fixed"], At(doc="s = α/ρ or α/R̄")] = "active"
+
+    reads_outputs = False
 
     def on_attach(self, adapter: Adapter) -> None:
         other = next((d for d in adapter.deltas.values() if not isinstance(d, IncreLoRA)), None)
@@ -204,11 +209,19 @@ class IncreLoRARanks(Ranks):
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
         self._plan_rounds(schedule.steps)
-        self._let_go()
-        for path, d in adapter.deltas.items() if self.room else ():
-            self.handles.append(d.site.module.register_forward_hook(partial(self._watch, d)))
-            if self.advance and not d.reserve:
+        self.before_step(0)
+        for path, d in adapter.deltas.items() if self.room and self.advance else ():
+            if not d.reserve:
                 add_parameters(adapter, {f"{path}.{n}": p for n, p in d.add_reserve().items()})
+
+    def before_step(self, step: int) -> None:
+        """Listen to the layers in a step that is scored; elsewhere it would keep the fast forms away."""
+        self._let_go()
+        if self.room and self._scored(step):
+            self.handles = [d.site.module.register_forward_hook(partial(self._watch, d)) for d in self.sites]
+
+    def _scored(self, step: int) -> bool:
+        return step % self.every % max(1, self.every // self.scores) == 0
 
     def _plan_rounds(self, steps: int) -> None:
         """When to grow, the same for a resumed run; raises UserError when that is not over before the end."""
@@ -240,16 +253,20 @@ class IncreLoRARanks(Ranks):
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
         if not self.orthogonality:
             return None
-        terms = []
+        alike: dict[tuple, list[Tensor]] = {}  # factors of one shape are taken together
         for d in self.sites:
             for name, dim in (("A", 0), ("B", 1)):
                 M = torch.cat([getattr(d, f"{name}{k}") for k in range(d.grown + 1 + d.reserve)], dim)
-                gram = M @ M.T if dim == 0 else M.T @ M
-                terms.append((gram - torch.eye(len(gram), device=M.device)).norm())
-        return self.orthogonality * torch.stack(terms).mean()
+                alike.setdefault((name, M.shape), []).append(M)
+        norms = []
+        for (name, _), same in alike.items():
+            M = torch.stack(same)
+            gram = M @ M.mT if name == "A" else M.mT @ M
+            norms.append((gram - torch.eye(gram.shape[-1], device=M.device)).norm(dim=(1, 2)))
+        return self.orthogonality * torch.cat(norms).mean()
 
     def before_optimizer(self, step: int) -> None:
-        if not self.handles:
+        if not self.room or not self._scored(step):
             return
         for path, S in zip(self.adapter.deltas, self._scores()):
             I = self.sensitivity[path] = self.beta1 * self.sensitivity[path] + (1 - self.beta1) * S
