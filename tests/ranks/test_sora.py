@@ -110,3 +110,18 @@ def test_more_thresholds_are_more_phases():
     assert adapter.advance() and adapter.hooks[0].current() == 1e-3
     assert adapter.advance() and adapter.hooks[0].current() == 2e-3
     assert not adapter.advance()
+
+
+@pytest.mark.parametrize("recipe", ["pissa+sora", "dora+pissa+sora"])
+def test_beside_an_offset_start_it_starts_at_the_base_and_ends_without_a_jump(recipe):
+    model, x = mlp(), torch.randn(4, 8)
+    base = model(x)
+    adapter = veneer.attach(model, recipe, rank=3)
+    assert torch.allclose(model(x), base, atol=1e-5)
+    with torch.no_grad():
+        adapter.deltas["0"].gate.zero_()
+        adapter.deltas["2"].gate[1] = 0.0
+    before = model(x)
+    adapter.hooks[-1].on_end()
+    assert torch.allclose(model(x), before, atol=1e-5) and not torch.allclose(before, base, atol=1e-3)
+    assert [len(d.A) for d in adapter.deltas.values()] == [1, 2]

@@ -37,6 +37,8 @@ class SoRA(Ranks):
     A, B                          the form's, B = 0: starts at base
     ======  =========  =========  =================================
 
+    Beside a start that subtracts its own B₀A₀ (PiSSA), g starts from 1: only so is the start the base.
+
     After every optimiser step g ← sign(g)·max(|g| − ξ, 0), with ξ = ``threshold`` as it stands, not times the rate: the
     official script has 3e-4. When training ends, components with g = 0 are deleted, g is multiplied into A, and a site
     without components is taken off. ``penalty`` adds η·mean|g| to the loss (official: on top of the proximal step; here
@@ -53,11 +55,16 @@ class SoRA(Ranks):
     operator: Annotated[Literal["paper", "official"], At(doc="the proximal map")] = "paper"
     follow_rate: Annotated[bool, At(doc="multiply ξ by the schedule's share of the peak rate")] = False
 
+    reads_outputs = False
+
     def on_attach(self, adapter: Adapter) -> None:
         self.parts = components(adapter)
         self.index = 0
         for path, c in self.parts.items():
-            c.add_gate(torch.randn(c.rank, generator=generator(self.seed, path, "sora gate")))
+            offset = c.delta.offset is not None
+            c.add_gate(
+                torch.ones(c.rank) if offset else torch.randn(c.rank, generator=generator(self.seed, path, "sora gate"))
+            )
 
     def groups(self, adapter: Adapter) -> list[dict[str, Any]]:
         """The gates apart: no weight decay, which would shrink them without ever reaching 0."""
@@ -89,8 +96,9 @@ class SoRA(Ranks):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         share = self.run.factor(step) if self.follow_rate else 1.0
-        for c in self.parts.values():
-            c.gate.copy_(prox(c.gate, share * self.current(), self.operator))
+        gates = [c.gate for c in self.parts.values()]
+        moved = prox(torch.cat(gates), share * self.current(), self.operator)
+        torch._foreach_copy_(gates, list(moved.split([len(g) for g in gates])))
 
     def on_phase_end(self, phase: Phase) -> Plan | None:
         self.index = min(self.index + 1, len(self.then))
@@ -100,10 +108,11 @@ class SoRA(Ranks):
         empty: Plan = {}
         for path, c in self.parts.items():
             keep = c.gate.nonzero().flatten().tolist()
-            if not keep:
+            plain = c.delta.is_plain() and c.delta.offset is None
+            if not keep and plain:
                 empty[path] = None
                 continue
-            c.prune(keep)
+            c.prune(keep or [0])
             c.absorb_gate()
         if len(empty) == len(self.parts):
             warnings.warn(
