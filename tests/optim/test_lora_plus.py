@@ -59,3 +59,17 @@ def test_steps_are_those_of_pefts_optimiser(form):
 def test_its_short_name_stands_alone():
     assert str(parse("lora+")) == "lora+lora-plus"
     assert str(parse("dora+lora-plus(ratio=4)")) == "dora+lora-plus(ratio=4.0)"
+
+
+@pytest.mark.parametrize("form", ["lora+sora", "dora+sora", "adalora"])
+def test_a_gated_pair_has_its_b_as_well(form):
+    adapter = veneer.attach(TwoLayers(), f"{form}+lora-plus(ratio=8)", rank=2, sites="all")
+    group = next(g for g in adapter.optimizer_groups() if g.get("rate") == 8)
+    assert {n.rpartition(".")[2][0] for n in group["names"]} >= {"B"}
+    assert not any(n.rpartition(".")[2].startswith("A") for n in group["names"])
+
+
+@pytest.mark.parametrize("form", ["oft", "vera", "increlora"])
+def test_a_form_without_a_trained_b_is_refused(form):
+    with pytest.raises(veneer.UserError, match="none trains"):
+        veneer.attach(TwoLayers(), f"{form}+lora-plus", sites="all")
