@@ -89,7 +89,7 @@ class Net(nn.Module):
 def test_all_of_the_reference_is_sams_step_as_pytorch_optimizer_takes_it(adaptive):
     SAM = pytest.importorskip("pytorch_optimizer").SAM
     g = torch.Generator().manual_seed(1)
-    batches = [{"x": torch.randn(4, 5, generator=g), "labels": torch.randn(4, 2, generator=g)} for _ in range(4)]
+    batches = 4 * [{"x": torch.randn(4, 5, generator=g), "labels": torch.randn(4, 2, generator=g)}]
     other = Net()
     sam = SAM(other.parameters(), torch.optim.AdamW, rho=0.2, adaptive=adaptive, lr=1e-2, weight_decay=0.0)
     for batch in batches:
@@ -106,7 +106,8 @@ def test_all_of_the_reference_is_sams_step_as_pytorch_optimizer_takes_it(adaptiv
     given = f"full+glad(share=1.0, rho=0.2, ascent='{'adaptive' if adaptive else 'plain'}')"
     adapter = veneer.attach(own, given, sites="all", train=["one.bias", "two.bias"])
     plain = {"schedule": "constant", "warmup": 0, "clip": 0.0, "precision": "fp32", "display": False}
-    veneer.fit(adapter, batches, task="other", steps=4, lr=1e-2, weight_decay=0.0, **plain)
+    veneer.fit(adapter, batches, task="regression", steps=4, lr=1e-2, weight_decay=0.0, **plain)
+    adapter.bake()
     moved = 0.0
     for (n, p), q in zip(own.named_parameters(), other.parameters()):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), n
