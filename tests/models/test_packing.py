@@ -6,7 +6,7 @@ from models import make
 
 import veneer
 from veneer.models.fast import packs
-from veneer.models.packing import packing
+from veneer.models.packing import packing, rounded
 
 LENGTHS = (7, 3, 12)
 
@@ -49,7 +49,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(recipe, che
     given = batch()
     padded, expected, shape = loss_and_gradients(model, adapter, given, False)
     packed, found, flat = loss_and_gradients(model, adapter, given, True)
-    assert shape == (3, 12) and flat == (1, sum(LENGTHS))
+    assert shape == (3, 12) and flat == (1, rounded(sum(LENGTHS)))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -85,7 +85,7 @@ def test_what_rows_begin_with_in_common_is_computed_once(recipe, attention):
     padded, expected, _ = loss_and_gradients(model, adapter, given, False)
     model.config.output_attentions = attention != "fast"
     packed, found, flat = loss_and_gradients(model, adapter, given, True)
-    assert flat == (1, positions)
+    assert flat == (1, rounded(positions))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -98,7 +98,7 @@ def test_rows_without_padding_are_packed_for_what_they_share_alone():
     assert packing({"input_ids": ids}, labels != -100) is None
     ids[1:, :7] = ids[0, :7]
     found = packing({"input_ids": ids}, labels != -100)
-    assert found.positions.shape == (1, 40 - 3 * 5)  # the sixth position predicts the first label: each row's own
+    assert len(found.place) == 40 - 3 * 5  # the sixth position predicts the first label: each row's own
     assert packing({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
@@ -111,7 +111,7 @@ def test_attention_that_is_not_ours_gets_a_mask_by_rows():
     padded, expected, _ = loss_and_gradients(model, adapter, given, False)
     model.config.output_attentions = True  # the fast form stands back
     packed, found, flat = loss_and_gradients(model, adapter, given, True)
-    assert flat == (1, sum(LENGTHS))
+    assert flat == (1, rounded(sum(LENGTHS)))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -138,3 +138,19 @@ def test_prompts_and_other_families_are_not_packed():
     adapter = veneer.attach(llama, "prompt")
     llama.train()
     assert loss_and_gradients(llama, adapter, batch(), True)[2] == (3, 12)
+
+
+def test_sizes_are_few_and_at_most_a_sixteenth_above_what_is_needed():
+    assert [rounded(n) for n in (1, 16, 17, 255, 256, 511, 513, 1000, 5000)] == [
+        16,
+        16,
+        32,
+        256,
+        256,
+        512,
+        544,
+        1024,
+        5120,
+    ]
+    assert all(n <= rounded(n) < n + max(16, n / 15) for n in range(1, 3000))
+    assert len({rounded(n) for n in range(1, 4097)}) < 100

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.models.fast import fast_forms, packs
-from veneer.models.packing import packing
+from veneer.models.packing import packing, rounded
 from veneer.parts.plain import plain, positionwise
 
 IGNORED = -100
@@ -210,10 +210,13 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, states, weight, bias, targets, chunk):
         need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(states.dtype, torch.float32)
-        grad_states = torch.empty_like(states) if need_states else None
         grad_weight = torch.zeros_like(weight, dtype=sums) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sums) if need_bias else None
         total = torch.zeros((), dtype=sums, device=states.device)
+        count = states.shape[0]
+        full = count - count % chunk
+        states = F.pad(states, (0, 0, 0, full + rounded(count - full) - count))
+        grad_states = torch.empty_like(states) if need_states else None
         memory = states.new_empty(min(chunk, states.shape[0]), weight.shape[0])
         for at in range(0, states.shape[0], chunk):
             h, wanted = states[at : at + chunk], targets[at : at + chunk]
@@ -222,13 +225,15 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(h, weight.t(), out=logits)
             else:
                 torch.addmm(bias, h, weight.t(), out=logits)
-            total += _to_gradient(logits, wanted, sums)
+            total += _to_gradient(logits[: wanted.shape[0]], wanted, sums)
+            logits[wanted.shape[0] :] = 0
             if need_states:
                 torch.mm(logits, weight, out=grad_states[at : at + chunk])
             if need_weight:
                 grad_weight += logits.t() @ h
             if need_bias:
                 grad_bias += logits.sum(0, dtype=sums)
+        grad_states = grad_states[:count] if need_states else None
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total.to(torch.promote_types(torch.float32, sums))
