@@ -1,9 +1,13 @@
 """Comparisons: equal budgets, equal batches, the same numbers under two names, and nothing lost to a kill."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-import torch
 
 from veneer.analysis.budget import Budget, rank_within, steps_for_tokens
 from veneer.analysis.compare import Comparison, Here
@@ -13,37 +17,11 @@ from veneer.cli import main
 from veneer.errors import UserError
 from veneer.report.comparison_plots import front
 
-WORDS = ["say", "the", "colour", "of", "sky", "grass", "rose", "red", "blue", "green"]
-PAIRS = [("sky", "blue"), ("grass", "green"), ("rose", "red")]
-
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """A two-layer Llama of whole words, sixty questions about colours, and a text of the same words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("compare")
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    base = folder / "base"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(base)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(base)
-    rows = [
-        {"prompt": f"{'say ' * (i % 4)}the colour of {PAIRS[i % 3][0]}", "completion": f" {PAIRS[i % 3][1]}"}
-        for i in range(60)
-    ]
-    data, general = folder / "colours.jsonl", folder / "general.txt"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    general.write_text(" ".join(WORDS * 40))
-    return Setting(model=str(base), data=str(data), general=str(general), batch_size=4, eval_rows=8)
+def setting(words_model, colours):
+    data, general = colours
+    return Setting(model=str(words_model), data=str(data), general=str(general), batch_size=4, eval_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +51,63 @@ def test_every_recipe_spends_the_same_steps_and_tokens_and_starts_from_the_base(
         assert len({f["tokens"] for f in runs if f["seed"] == seed}) == 1
     assert len({f["held_out_before"] for f in runs}) == 1
     assert len({f["general_loss_base"] for f in runs}) == 1
+
+
+def test_the_loop_gets_the_same_batches_for_every_recipe_and_trains_what_is_reported(
+    setting, here, tmp_path, monkeypatch
+):
+    from veneer.train.steps import Training
+
+    seen, micro = [], Training._micro
+
+    def spy(self, taken):
+        key = (self.settings.seed, str(self.adapter.recipe))
+        trained = sum(p.numel() for group in self.adapter.optimizer.param_groups for p in group["params"])
+        seen.append((key, taken.batch["input_ids"].tolist(), int(taken.batch["attention_mask"].sum()), trained))
+        return micro(self, taken)
+
+    monkeypatch.setattr(Training, "_micro", spy)
+    made, summary = compared(setting, here, tmp_path, ["lora", "dora", "ia3"])
+    finals = [f for recipe in summary["recipes"] for f in made.finals_of(recipe)]
+    for seed in (0, 1):
+        by_recipe = {}
+        for (own, recipe), ids, tokens, trained in seen:
+            if own == seed:
+                by_recipe.setdefault(recipe, []).append((ids, tokens, trained))
+        assert len(by_recipe) == 3
+        assert len({str([ids for ids, _, _ in steps]) for steps in by_recipe.values()}) == 1
+        for name, steps in by_recipe.items():
+            (run,) = [f for f in finals if (f["recipe_full"], f["seed"]) == (name, seed)]
+            assert run["steps_done"] == len(steps) == 4
+            assert run["tokens"] == sum(tokens for _, tokens, _ in steps)
+            assert {run["parameters"]} == {trained for _, _, trained in steps}
+
+
+def test_a_recipe_that_converts_the_base_leaves_the_others_a_dense_one(setting, here, tmp_path):
+    alone, _ = compared(setting, here, tmp_path / "a", ["lora"], seeds=(0,))
+    after, _ = compared(setting, here, tmp_path / "b", ["lora+nf4", "lora"], seeds=(0,))
+    (one,), (other,), (stored,) = alone.finals_of("lora"), after.finals_of("lora"), after.finals_of("lora+nf4")
+    assert one["held_out_loss"] == other["held_out_loss"] != stored["held_out_loss"]
+
+
+def test_a_process_that_is_killed_loses_at_most_one_run(setting, tmp_path):
+    command = [sys.executable, "-m", "veneer.cli", "compare", "lora", "dora", "--model", setting.model]
+    command += ["--data", setting.data, "--general", setting.general, "--steps", "40", "--seeds", "8", "--lr", "1e-2"]
+    command += ["--rank", "2", "--batch-size", "4", "--eval-rows", "8", "--out", str(tmp_path / "out")]
+    record = tmp_path / "out" / "trials.jsonl"
+    quiet = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet)
+    until = time.monotonic() + 200
+    while not (record.exists() and record.read_text().count("\n") >= 3) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [line for line in record.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    assert 3 <= len(before) < 16
+    assert subprocess.run(command, **quiet).returncode == 0
+    after = record.read_text().splitlines(keepends=True)
+    assert after[: len(before)] == before and len(after) == 16
+    assert len({json.loads(line)["key"] for line in after}) == 16
 
 
 def test_a_budget_of_parameters_chooses_ranks_and_refuses_what_cannot_shrink(setting, here, tmp_path):

@@ -87,7 +87,7 @@ class Comparison:
             ranks = {r: self._rank(r, runners.bench) for r in self.recipes}
             steps = {r: self._steps(r, ranks[r], runners, tell) for r in self.recipes}
             plan = [(r, ranks[r], steps[r]) for r in self.recipes]
-            rates = dict(zip(self.recipes, self._search(plan, runners, tell)))
+            rates = self._search(plan, runners, tell)
             finals = [Trial(r, k, seed, rates[r], n) for seed in self.seeds for r, k, n in plan]
             self._run_all(finals, runners, tell)
             return self._finish(finals, runners.bench)
@@ -154,21 +154,21 @@ class Comparison:
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
-    def _search(self, plan: list[tuple], runners: Runners, tell: Tell) -> Iterator[float | None]:
-        for recipe, rank, steps in plan:
-            if not self.search:
-                yield self.lr
-                continue
-            short = max(1, steps // 2)
-            study = _study(self.seeds[0])
-            for _ in range(self.search):
-                asked = study.ask()
-                rate = float(f"{asked.suggest_float('lr', *RATES, log=True):.3g}")
-                trial = Trial(recipe, rank, self.seeds[0], rate, short, "search")
-                (result,) = self._run_all([trial], runners, tell)
+    def _search(self, plan: list[tuple], runners: Runners, tell: Tell) -> dict[str, float | None]:
+        """The rate of each recipe: the best on validation rows. One rate of every recipe is tried at a time, so that a
+        cluster has work for as many processes as there are recipes."""
+        if not self.search:
+            return dict.fromkeys(self.recipes, self.lr)
+        studies = {recipe: _study(self.seeds[0]) for recipe in self.recipes}
+        for _ in range(self.search):
+            asked = {recipe: study.ask() for recipe, study in studies.items()}
+            rates = {r: float(f"{a.suggest_float('lr', *RATES, log=True):.3g}") for r, a in asked.items()}
+            trials = [Trial(r, rank, self.seeds[0], rates[r], max(1, n // 2), "search") for r, rank, n in plan]
+            for trial, result in zip(trials, self._run_all(trials, runners, tell)):
                 loss = result.get("held_out_loss")
-                study.tell(asked, loss if loss is not None and math.isfinite(loss) else 1e9)
-            yield float(f"{study.best_params['lr']:.3g}")
+                known = loss if loss is not None and math.isfinite(loss) else 1e9
+                studies[trial.recipe].tell(asked[trial.recipe], known)
+        return {recipe: float(f"{study.best_params['lr']:.3g}") for recipe, study in studies.items()}
 
     def _run_all(self, trials: Iterable[Trial], runners: Runners, tell: Tell) -> list[dict[str, Any]]:
         trials = list(trials)
@@ -185,6 +185,7 @@ class Comparison:
         facts = bench.facts() | {"versions": versions(), "hardware": hardware(next(bench.model.parameters()).device)}
         searched = [r for r in self.found.values() if r["purpose"] == "search"]
         content = summary(self.recipes, [self.found[t.key] for t in finals], searched) | {
+            "notes": bench.notes(),
             "about": self.about(),
             "budget": str(self.budget),
             "facts": facts,
@@ -234,9 +235,14 @@ class OnRay(Runners):
 
     def run(self, trials: Sequence[Trial]) -> Iterator[dict[str, Any]]:
         """As they finish."""
+        from ray.exceptions import RayTaskError
         from ray.util import ActorPool
 
-        return ActorPool(self.workers).map_unordered(lambda actor, trial: actor.run.remote(trial), list(trials))
+        found = ActorPool(self.workers).map_unordered(lambda actor, trial: actor.run.remote(trial), list(trials))
+        try:
+            yield from found
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
 class _Worker:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from veneer.analysis.samples import Source, at_random, of_data, size_of
+from veneer.data import Dataset
 from veneer.errors import UserError
 from veneer.train.display import Silent
+from veneer.train.modes import held_heap
 
-SMALL, LARGE = 1, 3  # rows of the two probes; both costs are affine in the rows
+SMALL, LARGE = 256, 768  # tokens of the two probes, as nearly as whole rows allow; or images:
+IMAGES = (1, 3)
 STEPS = 3  # of a probe: the first one warms up
 STATE = 16  # bytes a trained number needs in AdamW: value, gradient, two moments, fp32
 ROOM = 0.95  # of the memory at hand that a run may take
@@ -52,47 +57,120 @@ class Forecast:
         return self.memory <= ROOM * room
 
 
-def forecast(model: nn.Module, job: Job, room: int | None = None) -> Forecast:
-    """Probe a job on a loaded model, which is left as it was.
+class Probe(NamedTuple):
+    """What a short training showed: mean size of a step and its seconds, size of the largest and the peak in bytes, and
+    the seconds by which the first step was longer."""
 
-    Two short trainings with 1 and 3 rows give step time and peak memory, both affine in the rows. A job whose weights
-    and optimiser state alone exceed ``room`` is not probed.
+    usual: float
+    seconds: float
+    largest: float
+    peak: int
+    first: float
+
+
+class Planner:
+    """Forecasts for one model. ``load`` gives it, and gives it again when a recipe has converted its weights.
+
+    Two short trainings, of about 256 and 768 tokens a step (1 and 3 images), give step time and peak memory, both
+    affine in the tokens; what the first step takes besides (a decomposition, say) counts to the start. A run has a
+    process of its own, and this one holds what earlier forecasts left behind (compiled kernels of their shapes, above
+    all): it is taken off.
+
+    Args:
+        load: loads the base.
+        task: what it learns; read off the model's class when not given.
+        data: rows that batches are taken from; random ones of the job's length otherwise.
     """
-    import veneer
-    from veneer.train.record import anonymous_memory
 
-    began = time.perf_counter()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    sites = [part.strip() for part in job.sites.split(",")] if "," in job.sites else job.sites
-    given = {} if sites == "linear" else {"sites": sites}
-    adapter = veneer.attach(
-        model, job.recipe, rank=job.rank, name="plan", calibration=_batches(vocabulary, 2, job.length, 4), **given
-    )
-    start = time.perf_counter() - began
-    try:
-        trained = adapter.parameter_count()
-        facts = {"parameters": trained, "adapter_bytes": _bytes(adapter.state()), "optimizer_bytes": 8 * trained}
-        least = anonymous_memory() + (STATE - 4) * trained
-        if room is not None and least > ROOM * room:
-            return Forecast(job, **facts, memory=least, step=float("nan"), start=start, probed=False)
-        found = [_probe(adapter, job, rows, vocabulary) for rows in (SMALL, LARGE)]
-    finally:
-        adapter.detach()
-    step, memory = (_affine(small, large, job.rows) for small, large in zip(*found))
-    return Forecast(job, **facts, memory=int(memory), step=step, start=start, probed=True)
+    def __init__(self, load: Callable[[], nn.Module], task: str | None = None, data: Dataset | None = None) -> None:
+        from veneer.train.tasks import task_of
+
+        self.load, self.model, self.data = load, load(), data
+        self.task = task_of(self.model, task or (None if data is None else data.task))
+        self._fresh: int | None = None  # bytes of a process in which one training has ended
+
+    def forecast(self, job: Job, room: int | None = None) -> Forecast:
+        """Probe a job; one whose weights and optimiser state alone exceed ``room`` is not probed."""
+        from veneer.train.record import anonymous_memory
+
+        before = anonymous_memory()
+        found = self._forecast(job, room)
+        if converts(job.recipe):
+            self.model = self.load()
+        give_back()
+        left = 0 if self._fresh is None else max(0, before - self._fresh)
+        if self._fresh is None and found.probed:
+            self._fresh = anonymous_memory()
+        return replace(found, memory=found.memory - left)
+
+    def _forecast(self, job: Job, room: int | None) -> Forecast:
+        import veneer
+        from veneer.train.record import anonymous_memory
+
+        began, source = time.perf_counter(), self._source(job)
+        sites = [part.strip() for part in job.sites.split(",")] if "," in job.sites else job.sites
+        given = {} if sites == "linear" else {"sites": sites}
+        adapter = veneer.attach(
+            self.model, job.recipe, rank=job.rank, name="plan", calibration=source.make(2, 4), **given
+        )
+        start = time.perf_counter() - began
+        give_back()
+        try:
+            trained = adapter.parameter_count()
+            facts = {"parameters": trained, "adapter_bytes": _bytes(adapter.state()), "optimizer_bytes": 8 * trained}
+            least = anonymous_memory() + (STATE - 4) * trained
+            if room is not None and least > ROOM * room:
+                return Forecast(job, **facts, memory=least, step=float("nan"), start=start, probed=False)
+            found = [self._probe(adapter, job, source, rows) for rows in _probed_rows(self.task, job.rows, source.row)]
+        finally:
+            adapter.detach()
+        step = _on_line([(p.usual, p.seconds) for p in found], source.usual)
+        memory = _on_line([(p.largest, p.peak) for p in found], source.largest)
+        start += found[-1].first
+        return Forecast(job, **facts, memory=int(memory), step=step, start=start, probed=True)
+
+    def words(self, length: int) -> str:
+        """What a row is, in the plural: ``rows × 256 tokens``."""
+        return "images" if self.task == "image-classification" else f"rows × {length} tokens"
+
+    def alternatives(self, wanted: Forecast, room: int) -> Iterator[Forecast]:
+        """Cheaper jobs of the same kind that fit: recomputation, fewer rows at once, LoRA in place of the recipe."""
+        job = wanted.job
+        few = replace(job, rows=max(1, job.rows // 4))
+        tries = [replace(job, checkpointing=True), few, replace(few, checkpointing=True)]
+        if job.recipe != "lora":
+            lora = replace(job, recipe="lora", rank=16)
+            tries += [lora, replace(lora, checkpointing=True)]
+        for other in tries:
+            found = self.forecast(other, room)
+            if found.fits(room):
+                yield found
+
+    def _source(self, job: Job) -> Source:
+        if self.data is None:
+            return at_random(self.model, self.task, job.rows, job.length)
+        from veneer.train.loss import leaves_padding_out
+
+        return of_data(self.data, job.rows, not (self.task == "causal" and leaves_padding_out(self.model)))
+
+    def _probe(self, adapter: Any, job: Job, source: Source, rows: int) -> Probe:
+        """A short training."""
+        import veneer
+
+        clock, batches = Clock(), source.make(rows, STEPS)
+        run = veneer.fit(
+            adapter, batches, task=self.task, steps=STEPS, lr=1e-6, display=clock, checkpointing=job.checkpointing
+        )
+        sizes = [size_of(batch) for batch in batches]
+        peak = run.record["peak_memory"]
+        return Probe(statistics.fmean(sizes[1:]), clock.step_time(), max(sizes), peak, clock.first_step())
 
 
-def alternatives(model: nn.Module, wanted: Forecast, room: int) -> Iterator[Forecast]:
-    """Cheaper jobs of the same kind that fit: recomputation, fewer rows at once, LoRA in place of the recipe."""
-    job = wanted.job
-    tries = [replace(job, checkpointing=True), replace(job, rows=max(1, job.rows // 4))]
-    tries += [replace(job, rows=max(1, job.rows // 4), checkpointing=True)]
-    if job.recipe != "lora":
-        tries += [replace(job, recipe="lora", rank=16), replace(job, recipe="lora", rank=16, checkpointing=True)]
-    for other in tries:
-        found = forecast(model, other, room)
-        if found.fits(room):
-            yield found
+def converts(recipe: str) -> bool:
+    """Whether a recipe stores the base in another way, which taking the adapter off leaves."""
+    from veneer.core.recipe import parse
+
+    return any(part.method.axis == "base" for part in parse(recipe).parts)
 
 
 def words(found: Forecast, wanted: Job) -> str:
@@ -127,43 +205,49 @@ def parsed_bytes(text: str) -> int:
         raise UserError(f"--memory {text}: a size such as 2GiB or 1500M was expected") from None
 
 
-def _batches(vocabulary: int, rows: int, length: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """Random tokens, the second half of each row labelled."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(count):
-        ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
-        labels = ids.clone()
-        labels[:, : length // 2] = -100
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return found
+def give_back() -> None:
+    """Return freed memory to the system: a run in a process of its own would not meet it."""
+    gc.collect()
+    with held_heap():
+        pass
 
 
-def _probe(adapter: Any, job: Job, rows: int, vocabulary: int) -> tuple[float, int]:
-    """(seconds of a step, peak bytes) of a short training."""
-    import veneer
-
-    clock = _Clock()
-    run = veneer.fit(
-        adapter, _batches(vocabulary, rows, job.length, STEPS), steps=STEPS, lr=1e-6, display=clock,
-        checkpointing=job.checkpointing,
-    )  # fmt: skip
-    return statistics.median(b - a for a, b in zip(clock.times, clock.times[1:])), run.record["peak_memory"]
+def _probed_rows(task: str, rows: int, size: float) -> list[int]:
+    """Rows of the two probes, the second no larger than the job; one probe where the job has one row."""
+    wanted = IMAGES if task == "image-classification" else [max(1, round(tokens / size)) for tokens in (SMALL, LARGE)]
+    large = min(rows, max(wanted[1], wanted[0] + 1))
+    return sorted({min(wanted[0], max(1, large // 2)), large})
 
 
-def _affine(small: float, large: float, rows: int) -> float:
-    slope = max(0.0, (large - small) / (LARGE - SMALL))
-    return small + slope * (rows - SMALL)
+def _on_line(points: list[tuple[float, float]], at: float) -> float:
+    """The value at ``at`` of the line through two points, which never falls; a lone point's own value."""
+    (x, y), (last, value) = points[0], points[-1]
+    slope = max(0.0, (value - y) / (last - x)) if last > x else 0.0
+    return max(y, value) + slope * (at - last) if last > x else value
 
 
 def _bytes(state: dict[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
-class _Clock(Silent):
+class Clock(Silent):
+    """A display that keeps when the run began and when each step ended."""
+
     def __init__(self) -> None:
         self.times: list[float] = []
 
+    def start(self, total: int, facts: dict[str, Any]) -> None:
+        """The moment of the start."""
+        self.times = [time.perf_counter()]
+
     def step(self, values: dict[str, Any]) -> None:
-        """The moment of each step's end."""
+        """The moment of a step's end."""
         self.times.append(time.perf_counter())
+
+    def step_time(self) -> float:
+        """Seconds of a step, the mean over all but the first."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+    def first_step(self) -> float:
+        """Seconds by which the first step was longer than the others."""
+        return max(0.0, self.times[1] - self.times[0] - self.step_time())

@@ -11,28 +11,46 @@ from veneer.analysis.paired import adjusted, difference, interval, verdict
 MEASURES = {  # name → whether lower is better
     "held_out_loss": True,
     "exact": False,
+    "edits": True,
+    "accuracy": False,
+    "macro_f1": False,
+    "pearson": False,
+    "spearman": False,
     "general_loss": True,
     "drift": True,
     "seconds": True,
     "peak_memory": True,
     "parameters": True,
 }
-TESTED = {"held_out_loss": "held-out loss", "exact": "exact answers", "general_loss": "loss on general text"}
+TESTED = {
+    "held_out_loss": "held-out loss",
+    "exact": "exact answers",
+    "accuracy": "accuracy",
+    "pearson": "Pearson correlation",
+    "general_loss": "loss on general text",
+}
 
 
 def summary(
     recipes: Sequence[str], finals: Sequence[dict[str, Any]], searched: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """``rows``, one a recipe (means, intervals, the rate, the search's cost), and ``words``, what may be claimed.
+    """``rows``, one a recipe (means, intervals, the rate, the search's cost), ``words``, what may be said, and
+    ``claims``, those of them that a test backs, by measure.
 
     Differences are paired by seed, against the first recipe; Holm's adjustment over the recipes of one measure.
     """
     runs = {r: [f for f in finals if f["recipe"] == r] for r in recipes}
     rows = [_row(r, runs[r], [s for s in searched if s["recipe"] == r]) for r in recipes]
     words = [f"{r['recipe']}: {len(r['failed'])} of its runs failed ({r['failed'][0]})" for r in rows if r["failed"]]
-    for measure, name in TESTED.items():
-        words += _tested(recipes, runs, measure, name)
-    return {"rows": rows, "words": words, "runs": [{k: v for k, v in f.items() if k != "curve"} for f in finals]}
+    claims = {name: _tested(recipes, runs, measure, name) for measure, name in TESTED.items()}
+    claims = {name: found for name, found in claims.items() if found}
+    words += [sentence for found in claims.values() for sentence in found]
+    return {
+        "rows": rows,
+        "words": words,
+        "claims": claims,
+        "runs": [{k: v for k, v in f.items() if k != "curve"} for f in finals],
+    }
 
 
 def _row(recipe: str, runs: Sequence[dict[str, Any]], searched: Sequence[dict[str, Any]]) -> dict[str, Any]:

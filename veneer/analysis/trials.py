@@ -13,11 +13,20 @@ from typing import Any
 import torch
 
 from veneer.analysis.forgetting import forgetting, general_text, pieces
+from veneer.analysis.plan import converts, give_back
 from veneer.errors import UserError
 from veneer.train.display import Silent
 
 CALIBRATION = 8  # batches a recipe may measure before it starts
 EVAL_ROWS = 16  # rows a batch in evaluation
+SCORES = {  # what a task is scored by beside its loss, its first word first
+    "causal": ("exact", "edits"),
+    "seq2seq": ("exact", "edits"),
+    "classification": ("accuracy", "macro_f1"),
+    "token-classification": ("accuracy", "macro_f1"),
+    "image-classification": ("accuracy", "macro_f1"),
+    "regression": ("pearson", "spearman"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,26 +68,45 @@ class Bench:
     """The model and the data of a comparison, in memory."""
 
     def __init__(self, setting: Setting, dtype: torch.dtype | None = None) -> None:
-        import veneer
         from veneer.data import prepare, read_rows
-        from veneer.data.tasks import detect
+        from veneer.models.fingerprint import base_fingerprint
 
+        self.setting, self.dtype = setting, dtype
         rows = read_rows(setting.data)
         held = read_rows(setting.eval_data) if setting.eval_data else None
-        self.setting, self.task = setting, setting.task or detect(rows)
-        if self.task != "causal":
-            raise UserError(f"{setting.data} is for the task {self.task}; compare takes language-modelling data so far")
-        given = {} if dtype is None else {"dtype": dtype}
-        self.model, self.tokenizer = veneer.load_model(setting.model, task=self.task, **given)
-        options = {"task": self.task, "max_length": setting.max_length, "template": setting.template}
-        train = prepare(rows, self.tokenizer, **options)
+        self.rows, options = rows, {"max_length": setting.max_length, "template": setting.template}
+        self.model, train = self._load()
+        self.task, self.tokenizer = train.task, train.processor
+        self._check()
         if held is None:
             train, held_set = train.split(0.05, setting.eval_rows)
         else:
-            held_set = prepare(held, self.tokenizer, **options)
+            held_set = prepare(held, self.tokenizer, task=self.task, label_names=train.label_names, **options)
             held_set = held_set.subset(range(min(len(held_set), setting.eval_rows)))
         self.train, self.validation = train.split(0.1, min(64, setting.eval_rows), seed=1)
         self.held = held_set
+        self.base = base_fingerprint(self.model)
+        self.converted = False
+
+    def _load(self) -> tuple[Any, Any]:
+        """The model, with a new head where the task wants one, the same each time, and the rows as its examples."""
+        from veneer.analysis.loading import model_and_examples
+
+        s, given = self.setting, {} if self.dtype is None else {"dtype": self.dtype}
+        return model_and_examples(
+            s.model, self.rows, task=s.task, template=s.template, max_length=s.max_length, **given
+        )
+
+    def _check(self) -> None:
+        if self.task != "causal" and self.setting.general is not None:
+            raise UserError(
+                f"--general {self.setting.general} measures forgetting by a language head, and the task is {self.task}"
+            )
+        if self.task not in ("causal", "seq2seq") and self.setting.answers:
+            raise UserError(
+                f"--answers {self.setting.answers} counts written answers, and the task is {self.task}, which is "
+                "scored on all held-out rows; leave it out"
+            )
 
     @cached_property
     def general(self) -> torch.Tensor:
@@ -87,14 +115,19 @@ class Bench:
 
     def facts(self) -> dict[str, Any]:
         """What identifies the base and the data."""
-        from veneer.models.fingerprint import base_fingerprint
-
         sets = {"train": self.train, "validation": self.validation, "held_out": self.held}
         return {
-            "base": base_fingerprint(self.model),
+            "task": self.task,
+            "base": self.base,
             **{f"{name}_rows": len(data) for name, data in sets.items()},
             **{f"{name}_fingerprint": data.fingerprint for name, data in sets.items()},
         }
+
+    def notes(self) -> list[str]:
+        """What was not measured, and why."""
+        if self.task == "causal":
+            return []
+        return [f"Forgetting is not measured: it is read off a language head, and the task is {self.task}."]
 
     def batch_tokens(self, seed: int) -> Callable[[int], int]:
         """Useful tokens of the batch of each step, for any number of epochs."""
@@ -112,6 +145,10 @@ class Bench:
         """The recipe's adapter on the model; ``rank`` is offered where the recipe leaves it open."""
         import veneer
         from veneer.data import Batches
+
+        if self.converted:  # by the recipe before: taking it off leaves the base as it stored it
+            self.model, _ = self._load()
+        self.converted = converts(recipe)
 
         def calibration():
             batches = Batches(self.train.lengths, self.setting.batch_size, seed=seed)
@@ -137,14 +174,17 @@ class Bench:
         began = time.perf_counter()
         adapter = self.attach(trial.recipe, trial.rank, trial.seed)
         started = time.perf_counter() - began
+        give_back()  # or the peak of this run would hold what the one before has left
         try:
             watch = _Watch()
             held = self.validation if trial.purpose == "search" else self.held
-            before = None if trial.purpose == "search" else self._loss(held)
+            before = None if trial.purpose == "search" else self._scores(held)["loss"]
             run = veneer.fit(
                 adapter, self.train, display=watch, tokenizer=self.tokenizer, steps=trial.steps, lr=trial.lr,
                 batch_size=self.setting.batch_size, seed=trial.seed, order="shuffled", schedule=self.setting.schedule,
+                task=self.task,
             )  # fmt: skip
+            after = self._scores(held)
             result = {
                 **asdict(trial),
                 "key": trial.key,
@@ -154,18 +194,20 @@ class Bench:
                 **{k: run.record[k] for k in ("parameters", "tokens", "seconds", "peak_memory", "warnings")},
                 "seconds_attach": started,
                 "held_out_before": before,
-                "held_out_loss": self._loss(held),
+                "held_out_loss": after["loss"],
+                **{name: after[name] for name in SCORES[self.task] if name in after},
                 "curve": watch.curve,
             }
             if trial.purpose == "final":
-                result |= forgetting(adapter, self.general)
+                if self.task == "causal":
+                    result |= forgetting(adapter, self.general)
                 if self.setting.answers:
-                    result["exact"] = self._exact()
+                    result |= self._answered()
         finally:
             adapter.detach()
         return result | {"seconds_whole": time.perf_counter() - began}
 
-    def _loss(self, data: Any) -> float:
+    def _scores(self, data: Any) -> dict[str, float]:
         from veneer.train.evaluate import scores
         from veneer.train.feed import RowFeed
         from veneer.train.processes import Processes
@@ -173,22 +215,27 @@ class Bench:
 
         task = Task(self.task)
         feed = RowFeed(data, task, EVAL_ROWS, shuffle=False)
-        return scores(self.model, feed, task, Processes(), self.model.dtype)["loss"]
+        return scores(self.model, feed, task, Processes(), self.model.dtype)
 
-    def _exact(self) -> float:
-        """Share of held-out prompts whose greedy answer is the completion, blanks at both ends aside."""
-        from veneer.data.metrics import exact_match
+    def _answered(self) -> dict[str, float]:
+        """``exact``, the share of held-out prompts whose greedy answer is the completion, blanks aside; and ``edits``,
+        the words that would have to be changed to make it so, over the words there are."""
+        from veneer.data.metrics import error_rate, exact_match
         from veneer.train.evaluate import generate
 
         asked, expected = [], []
         for i in range(min(self.setting.answers, len(self.held))):
             item = self.held[i]
-            cut = next(k for k, label in enumerate(item["labels"]) if label != -100)
-            asked.append(self.tokenizer.decode(item["input_ids"][:cut]))
-            expected.append(self.tokenizer.decode(item["input_ids"][cut:], skip_special_tokens=True).strip())
+            ids, answer = item["input_ids"], item["labels"]
+            if self.task == "causal":
+                cut = next(k for k, label in enumerate(answer) if label != -100)
+                ids, answer = ids[:cut], ids[cut:]
+            asked.append(self.tokenizer.decode(ids, skip_special_tokens=self.task == "seq2seq"))
+            expected.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
         longest = max(len(self.tokenizer(text)["input_ids"]) for text in expected)
-        found = generate(self.model, self.tokenizer, asked, max_new_tokens=longest + 2)
-        return exact_match(expected, [text.strip() for text in found])
+        found = [text.strip() for text in generate(self.model, self.tokenizer, asked, max_new_tokens=longest + 2)]
+        edits = error_rate([text.split() for text in expected], [text.split() for text in found])
+        return {"exact": exact_match(expected, found), "edits": edits}
 
 
 class _Watch(Silent):

@@ -43,6 +43,9 @@ def command(
         str | None, typer.Option(help="Held-out data.", show_default="5% of the rows, by seed")
     ] = None,
     eval_rows: Annotated[int, typer.Option(min=1, help="Held-out rows at most.")] = 128,
+    task: Annotated[
+        str | None, typer.Option(help="What the model learns.", show_default="seen from the columns")
+    ] = None,
     answers: Annotated[
         int, typer.Option(min=0, help="Held-out prompts answered, to count exact answers; 0: none.")
     ] = 0,
@@ -72,7 +75,7 @@ def command(
     if steps is None and tokens is None and seconds is None:
         steps = QUICK
     setting = Setting(
-        model=model, data=data, eval_data=eval_data, template=template, sites=sites, batch_size=batch_size,
+        model=model, data=data, eval_data=eval_data, task=task, template=template, sites=sites, batch_size=batch_size,
         max_length=max_length, eval_rows=eval_rows, general=general, answers=answers,
     )  # fmt: skip
     made = Comparison(
@@ -93,7 +96,7 @@ def command(
     console.print(f"budget of each run: {summary['budget']}; {seeds} seeds")
     console.print(comparison.table(summary))
     console.print(comparison.cost_line(summary))
-    for sentence in summary["words"]:
+    for sentence in [*summary["words"], *summary["notes"]]:
         console.print(sentence)
     console.print(f"page: {page}", soft_wrap=True)
     console.print(f"plots: {', '.join(str(p) for p in paths)}", soft_wrap=True)

@@ -28,7 +28,7 @@ def command(
     ] = None,
 ) -> None:
     """Show what each row becomes, and which tokens train."""
-    from veneer.cli.loading import model_and_examples
+    from veneer.analysis.loading import model_and_examples
     from veneer.data import read_rows, render_rows, summary
     from veneer.report import tables
     from veneer.report.screen import screen

@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Score a model on data, with an adapter and without."""
     import veneer
-    from veneer.cli.loading import model_and_examples
+    from veneer.analysis.loading import model_and_examples
     from veneer.data import read_rows
     from veneer.report import tables
     from veneer.report.screen import screen

@@ -57,7 +57,7 @@ def command(
     folder = _folder(out, resume)
 
     import veneer
-    from veneer.cli.loading import model_and_examples
+    from veneer.analysis.loading import model_and_examples
     from veneer.core.recipe import parse
     from veneer.data import read_rows
     from veneer.report import progress, tables

@@ -7,7 +7,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("recipe", "rank", "parameters", "lr", "held-out loss", "exact", "general text", "drift", "s a run", "peak")
+MEASURED = {  # column → measure; those that a task does not have are left out
+    "held-out loss": "held_out_loss",
+    "exact": "exact",
+    "edits": "edits",
+    "accuracy": "accuracy",
+    "macro F1": "macro_f1",
+    "Pearson": "pearson",
+    "Spearman": "spearman",
+    "general text": "general_loss",
+    "drift": "drift",
+}
+COLUMNS = ("recipe", *MEASURED, "parameters", "rank", "lr", "s a run", "peak")
+
+
+def columns(summary: dict[str, Any]) -> list[str]:
+    """The columns that some recipe has a value for."""
+    return [c for c in COLUMNS if c not in MEASURED or any(MEASURED[c] in row for row in summary["rows"])]
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -15,18 +31,26 @@ def table(summary: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    shown = [c for c in COLUMNS if c != "exact" or any("exact" in row for row in summary["rows"])]
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shown, best = columns(summary), best_of(summary)
     for name in shown:
-        made.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=name == "recipe")
-    best = {m: _best(summary["rows"], m) for m in ("held_out_loss", "exact", "general_loss", "drift")}
+        made.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
     for row in summary["rows"]:
         cells = cells_of(row)
-        bold = {"held-out loss": "held_out_loss", "exact": "exact", "general text": "general_loss", "drift": "drift"}
-        made.add_row(
-            *(Text(cells[c], style="bold" if row["recipe"] == best.get(bold.get(c, "")) else "") for c in shown)
-        )
+        made.add_row(*(Text(cells[c], style="bold" if row["recipe"] == best.get(c) else "") for c in shown))
     return made
+
+
+def best_of(summary: dict[str, Any]) -> dict[str, str]:
+    """The recipe with the best mean, by column."""
+    from veneer.analysis.summary import MEASURES
+
+    found = {}
+    for column in set(columns(summary)) & set(MEASURED):
+        measure = MEASURED[column]
+        known = [(row[measure]["mean"], row["recipe"]) for row in summary["rows"] if measure in row]
+        found[column] = (min if MEASURES[measure] else max)(known)[1]
+    return found
 
 
 def cells_of(row: dict[str, Any]) -> dict[str, str]:
@@ -37,21 +61,19 @@ def cells_of(row: dict[str, Any]) -> dict[str, str]:
         "rank": "" if row["rank"] is None else str(row["rank"]),
         "parameters": "" if parameters is None else f"{parameters:,.0f}",
         "lr": "usual" if row["lr"] is None else f"{row['lr']:.2g}",
-        "held-out loss": with_interval(row.get("held_out_loss")),
-        "exact": with_interval(row.get("exact")),
-        "general text": with_interval(row.get("general_loss")),
-        "drift": with_interval(row.get("drift")),
+        **{column: with_interval(row.get(measure)) for column, measure in MEASURED.items()},
         "s a run": "" if seconds is None else f"{seconds:.1f}",
         "peak": "" if peak is None else f"{peak / 2**30:.2f} GiB",
     }
 
 
 def with_interval(value: dict[str, Any] | None) -> str:
-    """``1.234 ± 0.021``; the mean alone where one seed gives no interval."""
+    """``1.234 ± 0.021``, its digits by the size of the interval; the mean alone where one seed gives no interval."""
     if value is None:
         return ""
     half = (value["high"] - value["low"]) / 2
-    return f"{value['mean']:.4f}" + (f" ± {half:.4f}" if half < 1e6 else "")
+    digits = 4 if 0 < half < 0.001 or half > 1e6 else 3
+    return f"{value['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half < 1e6 else "")
 
 
 def cost_line(summary: dict[str, Any]) -> str:
@@ -59,10 +81,3 @@ def cost_line(summary: dict[str, Any]) -> str:
     runs = sum(row["search"]["runs"] for row in summary["rows"])
     spent = sum(row["search"]["seconds"] for row in summary["rows"])
     return f"search for learning rates: {runs} short runs, {spent:.0f} s in all" if runs else "no search: given rates"
-
-
-def _best(rows: list[dict[str, Any]], measure: str) -> str | None:
-    from veneer.analysis.summary import MEASURES
-
-    known = [(row[measure]["mean"], row["recipe"]) for row in rows if measure in row]
-    return (min if MEASURES[measure] else max)(known)[1] if known else None

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7F7F7F")
 DECADE = 10  # spread of the parameters beyond which their axis is logarithmic
 TEXT = "#808080"  # reads on light and on dark
+PANELS = {  # of the picture of scores: those that every recipe has
+    "held_out_loss": "held-out loss  ←",
+    "exact": "exact answers  →",
+    "accuracy": "accuracy  →",
+    "pearson": "Pearson correlation  →",
+    "general_loss": "loss on general text  ←",
+}
+SHARES = ("exact", "accuracy")  # in [0, 1], whatever an interval by Student says
 COSTS = {
     "parameters": ("trained parameters", 1.0),
     "peak_memory": ("peak memory, GiB", 2.0**30),
@@ -106,8 +114,9 @@ def _curves(curves: dict[str, Any], colours: dict[str, str], at: int, label: str
 
 def _scores(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
     rows = [row for row in summary["rows"] if "held_out_loss" in row]
-    figure, axes = _figure(2, 0.7 + 0.42 * len(rows))
-    for a, measure, label in zip(axes, ("held_out_loss", "general_loss"), ("held-out loss", "loss on general text")):
+    panels = [(m, label) for m, label in PANELS.items() if rows and all(m in row for row in rows)]
+    figure, axes = _figure(max(1, len(panels)), 0.9 + 0.36 * max(2, len(rows)))
+    for a, (measure, label) in zip(axes, panels):
         for place, row in enumerate(rows):
             value = row[measure]
             half = (value["high"] - value["low"]) / 2
@@ -115,13 +124,17 @@ def _scores(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
             a.errorbar(value["mean"], place, xerr=error, fmt="o", color=colours[row["recipe"]], capsize=4, markersize=7)
             a.plot(value["values"], [place] * len(value["values"]), "|", color=colours[row["recipe"]], alpha=0.6)
         a.set_xlabel(label)
+        if measure in SHARES:
+            low, high = a.get_xlim()
+            a.set_xlim(max(low, -0.03), min(high, 1.03))
+        a.locator_params(axis="x", nbins=5)
         a.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
         a.set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 
 def _pareto(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
-    figure, axes = _figure(len(COSTS), 3.4)
+    figure, axes = _figure(len(COSTS), 3.8)
     rows = [row for row in summary["rows"] if "held_out_loss" in row]
     for a, (measure, (label, unit)) in zip(axes, COSTS.items()):
         points = [(row[measure]["mean"] / unit, row["held_out_loss"]["mean"]) for row in rows if measure in row]
@@ -137,7 +150,9 @@ def _pareto(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
             a.locator_params(axis="x", nbins=4)
             a.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value / 1e6:.3g} M")
     axes[0].set_ylabel("held-out loss")
-    _legend(axes[-1])
+    if rows:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=TEXT)
     return figure
 
 

@@ -19,10 +19,12 @@ def model_and_examples(
     max_length: int | None = None,
     seed: int = 0,
     head: bool = True,
+    **given: Any,
 ) -> tuple[Any, Dataset]:
     """The model and the rows as its examples.
 
-    With ``head`` a model for classes gets a head for those that ``rows`` hold, which starts from ``seed``.
+    With ``head`` a model for classes gets a head for those that ``rows`` hold, which starts from ``seed``. ``given`` is
+    for ``veneer.load_model``.
     """
     import torch
 
@@ -32,7 +34,7 @@ def model_and_examples(
 
     task = task or detect(rows)
     torch.manual_seed(seed)
-    model, processor = veneer.load_model(name, task=task)
+    model, processor = veneer.load_model(name, task=task, **given)
     if processor is None:
         raise UserError(f"{name} holds no tokenizer; put the tokenizer's files beside the model's weights")
     dataset = prepare(rows, processor, task=task, template=template, max_length=max_length)
@@ -41,6 +43,6 @@ def model_and_examples(
         numbers = {label: number for number, label in enumerate(names)}
         torch.manual_seed(seed)
         model, _ = veneer.load_model(
-            name, task=task, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers
+            name, task=task, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers, **given
         )
     return model, dataset
