@@ -4,6 +4,9 @@ Each form in a process of its own: its step and PEFT's run alternating over one 
 each row labelled), on the 210 linear layers of a bf16 SmolLM2-135M, forward, backward and AdamW; the ratio is the
 median of the rounds' ratios. Bytes are counted by saved-tensor hooks up to the last hidden state, with transformers'
 own attention in both, over what the frozen base alone keeps. Ranks are 16 but where a form lives on another.
+
+In pieces: ``--forms`` takes some, ``--what`` bytes or steps alone (bytes need no quiet machine), and ``--add`` keeps
+what the last result holds besides.
 """
 
 from __future__ import annotations
@@ -14,12 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Report, alternate, figure, fresh, main, parser, ratios, refuse, repeats, say, seconds
-from bench.memory_kept import MEGABYTE, floor, kept
+from bench.harness import (
+    Figure,
+    Report,
+    alternate,
+    figure,
+    fresh,
+    main,
+    parser,
+    ratios,
+    refuse,
+    repeats,
+    say,
+    seconds,
+)
+from bench.memory_kept import floor, kept
+from bench.pieces import can_add, earlier
 from bench.step import QUICK_SHAPE, RANK, RATE, SHAPE, base_model, batch
 from veneer.errors import UserError
 
-WARM_UP = 2
+WARM_UP, SETTLE = 1, 1
 SLOWER = 1.05  # of PEFT's step, at most
 ON_INPUT = 1.30  # kept bytes over the frozen base's, at most, of forms that act on the layer's input alone
 
@@ -50,37 +67,48 @@ FORMS: dict[str, tuple[str, tuple[str, dict[str, Any]] | None, bool]] = {
     "rslora": (f"rslora(rank={RANK})", None, True),
 }
 PROMPTS = ("PromptTuning", "PrefixTuning")
+# Forms without PEFT's that need more than the layer's input: its output, a whole module's, or W's own gradient.
+MORE = ("adapter", "full", "hydra", "lofit", "mosa", "p-adapter")
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Seconds and bytes of each form, and their ratios."""
-    chosen = options.forms or [*FORMS, *others()]
-    quick = ["--quick"] if options.quick else []
-    figures, samples, base = [], {}, 1
-    for name in chosen:
-        _, config, on_input = known(name)
+    shape = list(QUICK_SHAPE if options.quick else SHAPE)
+    settings = {"dtype": "bfloat16", "rank": RANK, "shape": shape}
+    every = {*FORMS, *others()}
+    samples = {n: found for n, found in earlier("forms", settings).items() if n in every} if options.add else {}
+    for name in options.forms or [*FORMS, *others()]:
         say(f"forms: {name}")
+        quick = ["--quick"] if options.quick else []
         try:
-            found = fresh("bench.forms", "--side", name, "--repeats", str(repeats(options)), *quick)
+            found = fresh(
+                "bench.forms", "--side", name, "--what", options.what, "--repeats", str(repeats(options)), *quick
+            )
         except UserError as refusal:
             say(f"  left out: {refusal}")
             continue
-        samples[name], base = found, found["base"]
-        if config is not None:
-            figures.append(figure(f"{name}: step over PEFT's", ratios(found["ours"], found["peft"]), at_most=SLOWER))
-            figures.append(figure(f"{name}: PEFT's kept over the base's", found["peft kept"] / base))
-        figures.append(
-            figure(f"{name}: kept over the base's", found["kept"] / base, at_most=ON_INPUT if on_input else None)
-        )
-        figures.append(figure(f"{name}: step", found["ours"], "s"))
-    figures.append(figure("frozen base keeps", base / MEGABYTE, "MB"))
-    shape = list(QUICK_SHAPE if options.quick else SHAPE)
-    return Report(figures, samples, {"dtype": "bfloat16", "rank": RANK, "shape": shape})
+        samples[name] = samples.get(name, {}) | found
+    return Report([line for name, found in samples.items() for line in figures(name, found)], samples, settings)
+
+
+def figures(name: str, found: dict[str, Any]) -> list[Figure]:
+    """The lines of one form."""
+    lines, on_input = [], known(name)[2]
+    if "peft" in found:
+        lines.append(figure(f"{name}: step over PEFT's", ratios(found["ours"], found["peft"]), at_most=SLOWER))
+    if "ours" in found:
+        lines.append(figure(f"{name}: step", found["ours"], "s"))
+    if "kept" in found:
+        most = ON_INPUT if on_input else None
+        lines.append(figure(f"{name}: kept over the base's", found["kept"] / found["base"], at_most=most))
+    if "peft kept" in found:
+        lines.append(figure(f"{name}: PEFT's kept over the base's", found["peft kept"] / found["base"]))
+    return lines
 
 
 def known(name: str) -> tuple[str, tuple[str, dict[str, Any]] | None, bool]:
     """The entry of `FORMS`, or that of another form of the registry."""
-    return FORMS[name] if name in FORMS else (others()[name], None, False)
+    return FORMS[name] if name in FORMS else (others()[name], None, name not in MORE)
 
 
 def others() -> dict[str, str]:
@@ -101,13 +129,16 @@ def both(name: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe, config, _ = known(name)
     rows = batch(*(QUICK_SHAPE if options.quick else SHAPE))
     ids = rows["input_ids"]
-    found: dict[str, Any] = {"kept": ours_kept(ids, recipe), "base": floor(ids)}
-    cases = {"ours": ours(rows, recipe)}
-    if config is not None:
-        found["peft kept"] = theirs_kept(ids, config)
-        cases["peft"] = theirs(rows, config)
-    timed = {label: lambda step=step: seconds(step) for label, step in cases.items()}
-    return found | alternate(timed, repeats(options), 1 if options.quick else WARM_UP)
+    found: dict[str, Any] = {}
+    if options.what != "steps":
+        found |= {"kept": ours_kept(ids, recipe), "base": floor(ids)}
+        found |= {} if config is None else {"peft kept": theirs_kept(ids, config)}
+    if options.what != "bytes":
+        cases = {"ours": ours(rows, recipe)} | ({} if config is None else {"peft": theirs(rows, config)})
+        timed = {label: lambda step=step: seconds(step) for label, step in cases.items()}
+        quick = options.quick
+        found |= alternate(timed, repeats(options), warm_up=1 if quick else WARM_UP, settle=0 if quick else SETTLE)
+    return found
 
 
 def attached(recipe: str) -> tuple[Any, Any]:
@@ -193,6 +224,8 @@ def arguments() -> argparse.Namespace:
     """The options, with the forms to try; ``--side`` and ``--out`` are for the process of one form."""
     made = parser(__doc__)
     made.add_argument("--forms", nargs="*", metavar="FORM", help="only these; all of the registry when none is given")
+    made.add_argument("--what", choices=("bytes", "steps", "both"), default="both", help="what to measure")
+    can_add(made)
     made.add_argument("--side", help=argparse.SUPPRESS)
     made.add_argument("--out", help=argparse.SUPPRESS)
     options = made.parse_args()

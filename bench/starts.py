@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.harness import Report, alternate, figure, fresh, main, parser, refuse, repeats, say, seconds
+from bench.harness import Figure, Report, alternate, figure, fresh, main, parser, refuse, repeats, say, seconds
+from bench.pieces import can_add, earlier
 from veneer.errors import UserError
 
 MODEL, RANK, VOCABULARY = "smollm2-135m", 16, 49152
@@ -48,40 +49,52 @@ STARTS = {
     "inttune": Start("IntTune", "inttune"),
     "loftq": Start("LoftQ with its quantisation", "lora+nf4+loftq"),  # PEFT's runs on CUDA alone
 }
+SIDES = {"veneer": "Veneer", "peft": "PEFT"}
 PLAIN = Start("plain LoRA", "lora", "plain")
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Every start by turns, each side's against that side's plain LoRA of the same round."""
-    chosen = {name: STARTS[name] for name in options.only or STARTS}
-    cases: dict[str, Callable[[], dict[str, float]]] = {}
-    for name, start in ({"plain": PLAIN} | chosen).items():
-        cases[f"veneer {name}"] = lambda name=name: _process("veneer", name, options.quick)
-        if start.peft is not None:
-            cases[f"peft {name}"] = lambda name=name: _process("peft", name, options.quick)
-    samples = alternate(cases, repeats(options))
-    figures = []
-    for name, start in chosen.items():
-        for side, words in (("veneer", "Veneer"), ("peft", "PEFT")):
-            runs = samples.get(f"{side} {name}")
-            if runs is None:
-                continue
-            took = [run["seconds"] - plain["seconds"] for run, plain in zip(runs, samples[f"{side} plain"])]
-            bound = {"at_most": start.most} if side == "veneer" and start.most else {}
-            note = start.recipe if side == "veneer" else str(start.peft)
-            figures.append(figure(f"{start.title}, {words}", took, "s", note=note, **bound))
-            figures.append(figure(f"{start.title}, {words}, memory", [r["memory"] / 2**20 for r in runs], "MB"))
-    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK}
+    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK, "quick": options.quick}
     settings["calibration"] = "{} batches of {} × {} tokens".format(*_shape(options.quick))
-    if "pissa" not in chosen:
-        return Report(figures, {"runs": samples}, settings)
-    errors = _errors(QUICK_SITES if options.quick else None)
-    for side, found in errors.items():
+    samples = earlier("starts", settings) if options.add else {}
+    chosen = options.only or list(STARTS)
+    if options.what != "errors":
+        runs = alternate(_cases(chosen, options.quick), repeats(options))
+        for name in chosen:
+            sides = [side for side in SIDES if f"{side} {name}" in runs]
+            samples[name] = {side: {"start": runs[f"{side} {name}"], "plain": runs[f"{side} plain"]} for side in sides}
+    if options.what != "times" and "pissa" in chosen:
+        samples["errors"] = _errors(QUICK_SITES if options.quick else None)
+    figures = [line for name in STARTS if name in samples for line in _figures(STARTS[name], samples[name])]
+    for side, found in samples.get("errors", {}).items():
         count = len(found["subspace"])
         for kind, words in (("subspace", "subspace error"), ("excess", "excess error")):
             worst = f"median of {count} layers, largest {max(found[kind]):.2g}"
             figures.append(figure(f"PiSSA, {words}, {side}", statistics.median(found[kind]), note=worst))
-    return Report(figures, {"runs": samples, "errors": errors}, settings)
+    return Report(figures, samples, settings)
+
+
+def _cases(chosen: list[str], quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
+    cases: dict[str, Callable[[], dict[str, float]]] = {}
+    for name, start in {"plain": PLAIN, **{n: STARTS[n] for n in chosen}}.items():
+        cases[f"veneer {name}"] = lambda name=name: _process("veneer", name, quick)
+        if start.peft is not None:
+            cases[f"peft {name}"] = lambda name=name: _process("peft", name, quick)
+    return cases
+
+
+def _figures(start: Start, found: dict[str, dict[str, list[dict[str, float]]]]) -> list[Figure]:
+    """Seconds over plain LoRA's of the round, and memory, of each side."""
+    lines = []
+    for side, runs in found.items():
+        took = [run["seconds"] - plain["seconds"] for run, plain in zip(runs["start"], runs["plain"], strict=True)]
+        bound = {"at_most": start.most} if side == "veneer" and start.most else {}
+        note = start.recipe if side == "veneer" else str(start.peft)
+        lines.append(figure(f"{start.title}, {SIDES[side]}", took, "s", note=note, **bound))
+        memory = [run["memory"] / 2**20 for run in runs["start"]]
+        lines.append(figure(f"{start.title}, {SIDES[side]}, memory", memory, "MB"))
+    return lines
 
 
 def _shape(quick: bool) -> tuple[int, int, int]:
@@ -222,6 +235,8 @@ def _errors(limit: int | None) -> dict[str, dict[str, list[float]]]:
 def _arguments() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", choices=list(STARTS), help="some of the starts")
+    made.add_argument("--what", choices=("times", "errors", "both"), default="both", help="what to measure")
+    can_add(made)
     for own in ("--side", "--start", "--out"):
         made.add_argument(own, help=argparse.SUPPRESS)
     return made

@@ -1,0 +1,22 @@
+"""Benches that run in pieces: what the last result holds besides what is measured now."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.harness import RESULTS
+
+
+def can_add(made: argparse.ArgumentParser) -> None:
+    """Give a bench the option that `earlier` serves."""
+    made.add_argument("--add", action="store_true", help="keep what the last result holds besides")
+
+
+def earlier(name: str, settings: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+    """The samples in ``folder/NAME.json``; none where there is no such file, or one of other settings."""
+    path = folder / f"{name}.json"
+    last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(last["samples"]) if last.get("settings") == settings else {}
