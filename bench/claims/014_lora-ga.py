@@ -8,6 +8,7 @@ from bench.claims.texts import Letters
 from bench.claims.verdicts import above, below, every
 
 
+@torch.enable_grad()
 def alignment(trial: Trial) -> float:
     """Cosine between the first step of plain descent on A and B, as a change of W, and the step of descent on W."""
     trial.model = trial.task.model(trial.seed)

@@ -4,7 +4,7 @@ The "language" is a turned image (learnt with the digits' own labels), the "task
 images); nobody trains on turned images with other labels, on which the sum is judged.
 """
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -32,13 +32,16 @@ class Transfer(Digits):
 def transfer(trial: Trial) -> None:
     """Train the language and the task apart, each from the base, and have both on."""
     form, language = trial.contestant.attach["form"], trial.contestant.attach.get("language", True)
-    task = Digits()
+
+    def learn(change: str) -> Any:
+        task = Digits(change=change)
+        return trial.fit(trial.attach(form, task=task, name=change), task=task)
+
     if not language:
-        trial.fit(form, task=replace(task, change="labels"), name="task")
+        learn("labels")
         return
-    first = trial.fit(form, task=replace(task, change="rotate"), name="language")
-    with first.disabled():
-        trial.fit(form, task=replace(task, change="labels"), name="task")
+    with learn("rotate").disabled():
+        learn("labels")
 
 
 SPARSE = "composable-sft(proportion=0.05, dense=0.5)"
