@@ -14,7 +14,7 @@ from typing import Any
 from bench.harness import RESULTS, ROOT, parser, say, show, write
 from veneer.errors import nearest
 
-BENCHES = ("step", "memory_kept", "job", "forms", "starts", "memory", "cli", "load", "serve")
+BENCHES = ("step", "memory_kept", "job", "forms", "starts", "optim", "memory", "plan", "cli", "load", "serve")
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any] | None:

@@ -227,7 +227,7 @@ def _shuffled(n: int) -> Tensor:
 CHANGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "none": lambda x, y: (x, y),
     "rotate": lambda x, y: (torch.rot90(x, 1, (1, 2)), y),
-    "transpose": lambda x, y: (x.transpose(1, 2), y),
+    "transpose": lambda x, y: (x.transpose(1, 2).clone(), y),
     "flip": lambda x, y: (x.flip(2), y),
     "invert": lambda x, y: (1 - x, y),
     "pixels": lambda x, y: (x.reshape(-1, 64)[:, _shuffled(64)].reshape(-1, 8, 8), y),

@@ -66,7 +66,7 @@ def make_hooks(recipe: Recipe, seed: int) -> list[Hook]:
     for what in ("optimizer", "micro_step", "product"):
         owners = [h.name for h in hooks if brings(h, what)]
         if len(owners) > 1:
-            raise UserError(f"{owners[0]} and {owners[1]} both bring their own {what}; a recipe holds one")
+            raise UserError(f"{owners[0]} and {owners[1]} both bring their own {what}; a recipe holds one ({recipe})")
     return hooks
 
 

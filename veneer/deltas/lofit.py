@@ -127,6 +127,8 @@ class LoFiTSelection(Ranks):
     share: Annotated[float, At(gt=0, lt=1, doc="of the run's steps, for choosing heads")] = 0.5
     rate_factor: Annotated[float, At(gt=0, doc="on the run's rate while heads are chosen")] = 0.5
 
+    reads_outputs = False
+
     def on_attach(self, adapter: Adapter) -> None:
         other = next((d for d in adapter.deltas.values() if not isinstance(d, LoFiT)), None)
         if other is not None:

@@ -70,7 +70,8 @@ class PEGO(Objective):
     official script, for r = 4 (``rank=16`` here) on q and v of twelve blocks of width 768, where α = N·r. λ weighs a
     sum over out² entries: ``reduction="mean"`` divides by out², and wants another λ. ``norm="fro2"`` takes squared
     entries instead, and never forms an out × out matrix; with L1 it is formed in chunks of rows, in fp32, and not kept
-    for backward. Both options are ours. Of a rank that N does not divide, the first slices have one component more.
+    for backward. Both options are ours. Of a rank that N does not divide, the first slices have one component more; a
+    site to which something else gave fewer ranks than N has a slice for each.
 
     Where W is square and of full rank, W·Dᵀ = 0 only for D = 0: the first term then shrinks the update most along
     the leading singular directions of W. At B = 0 neither term has a gradient. With a start that freezes an offset, the
@@ -89,9 +90,9 @@ class PEGO(Objective):
         ranks = [len(A) for _, A, _, _ in adapter.pairs()]
         if not ranks:
             raise UserError(f"pego slices the factors of plain pairs, as lora has; {adapter.recipe} has none")
-        if min(ranks) < self.slices:
+        if max(ranks) < self.slices:
             raise UserError(
-                f"pego: a rank of {min(ranks)} has no {self.slices} slices; give rank={self.slices} or more, or slices="
+                f"pego: a rank of {max(ranks)} has no {self.slices} slices; give rank={self.slices} or more, or slices="
             )
 
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
@@ -99,7 +100,8 @@ class PEGO(Objective):
             return None
         terms = []
         for site, A, B, scale in self.adapter.pairs():
-            sliced = (scale * A).tensor_split(self.slices), B.tensor_split(self.slices, dim=1)
+            slices = min(self.slices, len(A))
+            sliced = (scale * A).tensor_split(slices), B.tensor_split(slices, dim=1)
             found = sum(penalties(site.weight().detach().to(A.dtype), *sliced, self.norm))
             terms.append(found / B.shape[0] ** 2 if self.reduction == "mean" else found)
         return self.weight * torch.stack(terms).sum()

@@ -59,7 +59,10 @@ def load_state(adapter: Adapter, values: State, strict: bool = True) -> None:
         load_delta(d, path, groups[path], strict)
     expected: State = {} if adapter.shared is None else {f"shared.{n}": t for n, t in _saved(adapter.shared).items()}
     for hook in adapter.hooks:
-        expected |= {f"hook:{hook.name}.{n}": p for n, p in hook.parameters().items()}
+        mine = hook.parameters()
+        expected |= {f"hook:{hook.name}.{n}": p for n, p in mine.items()}
+        if not mine:  # what a method trains only while a run goes on is the run's
+            left = {k: v for k, v in left.items() if not k.startswith(f"hook:{hook.name}.")}
     expected |= dict(_once({f"train:{p}": d.parameter() for p, d in adapter.trained.items()}))
     for key, target in expected.items():
         _copy(target, left.pop(key, None), key, strict)

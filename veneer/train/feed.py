@@ -220,7 +220,8 @@ def fingerprint(examples: Iterable[Any]) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
+            # not contiguous(): it leaves a single element its stride, which view does not take
+            plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
             digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):

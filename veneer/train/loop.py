@@ -207,7 +207,7 @@ class _Job:
         from veneer.models import embedding
 
         table = embedding(self.adapter.model)
-        if table is not None:
+        if hasattr(table, "num_embeddings"):
             rows.dataset.check_vocabulary(table.num_embeddings)
         dropped = rows.dataset.dropped
         if dropped:

@@ -212,10 +212,10 @@ class _Bridge:
                 loss = self._veneer_micro_step(model, inputs, num_items_in_batch)
             else:
                 loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self.veneer_call("after_backward", self.state.global_step)
         finally:
             self.veneer_training = False
-        if self.accelerator.sync_gradients:
-            self.veneer_call("after_backward", self.state.global_step)
         return loss
 
     def compute_loss(
