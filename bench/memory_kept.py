@@ -52,7 +52,7 @@ def kept(model: Any, run: Callable[[], Any]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
-        return t  # held by the graph, so that no address is used twice
+        return t.detach()  # held by the graph, so that no address is used twice; an output itself would hold its graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
