@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 ROWS, LENGTH = 8, 128
 MEMORY, TIME = 0.15, 0.25  # how far a forecast may be off
-STEPS = 6
+STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "lora, rank 16": {"recipe": "lora", "rank": 16},
     "lora, rank 64": {"recipe": "lora", "rank": 64},

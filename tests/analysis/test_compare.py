@@ -60,11 +60,11 @@ def test_the_loop_gets_the_same_batches_for_every_recipe_and_trains_what_is_repo
 
     seen, micro = [], Training._micro
 
-    def spy(self, taken):
+    def spy(self, taken, share):
         key = (self.settings.seed, str(self.adapter.recipe))
         trained = sum(p.numel() for group in self.adapter.optimizer.param_groups for p in group["params"])
         seen.append((key, taken.batch["input_ids"].tolist(), int(taken.batch["attention_mask"].sum()), trained))
-        return micro(self, taken)
+        return micro(self, taken, share)
 
     monkeypatch.setattr(Training, "_micro", spy)
     made, summary = compared(setting, here, tmp_path, ["lora", "dora", "ia3"])
