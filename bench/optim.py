@@ -1,0 +1,119 @@
+"""A step with each optimiser and allocator beside a plain LoRA step with AdamW: 4 × 256 tokens, last halves labelled.
+
+LoRA of rank 16 on the 210 linear layers; whole steps of the training loop, from the batch to the cleared gradients,
+clipping included. Each case runs by turns with the plain one in this process and goes before the next comes; a ratio is
+the median of the rounds' ratios. What happens now and then is spread over the steps between:
+
+- AdaLoRA closes components at every step measured, which is its default between the tenth and the last three tenths;
+- IncreLoRA scores its sites in some of the first six tenths of a run's steps, and grows in fewer; both are spread over
+  a run of 1000 steps, each other step taken with half of the rank grown;
+- GaLore's decompositions are the first step over a later one, in shares of the 200 steps of a period.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from typing import Any
+
+from bench.harness import Figure, Report, alternate, figure, main, parser, ratios, repeats, say, seconds
+from bench.step import MODEL, QUICK_SHAPE, RANK, RATE, SETTLE, SHAPE, base_model, batch
+
+PLAIN = "lora"
+RUN = 1000  # steps of the schedule, of which a few are taken
+GROWING = 0.6  # share of a run in which IncreLoRA scores its sites
+START = RANK  # the rank that every allocator starts from
+
+CASES = {
+    "lora-pro": "lora+lora-pro",
+    "lora-pro, efficient": "lora+lora-pro(mode='efficient')",
+    "lora-ggpo": "lora+lora-ggpo",
+    "allora": "lora+allora",
+    "lora-plus": "lora+lora-plus",
+    "adalora": f"adalora(rank={START * 2 // 3}, initial={START}, wait=0)",
+    "sora": "sora",
+    "dynamic-rank": "dynamic-rank",
+    "dylora": "dylora",
+    "triadaptlora": "triadaptlora",
+    "increlora, scored step": f"increlora+increlora-ranks(rank={START}, scores={RUN})",
+    "increlora, other step": f"increlora(grown=2, width={START // 2})+increlora-ranks(rank={START})",
+    "full": "full",
+    "galore": "galore",
+    "galore, randomised": "galore(svd='randomized')",
+    "galore, 8 bits": "galore(svd='randomized', bits=8)",
+    "fira": "fira(svd='randomized')",
+    "frugal": "frugal",
+    "lisa": "full+lisa",
+    "owlore": "full+owlore+galore(svd='randomized')",
+}
+TARGETS = {"lora-pro": 1.15, "lora-pro, efficient": 1.15, "adalora": 1.05, "sora": 1.05}
+PERIOD, REFRESH = 200, 0.10
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Seconds of every case and of the plain one beside it, and their ratios."""
+    rows, rounds = batch(*(QUICK_SHAPE if options.quick else SHAPE)), repeats(options)
+    plain = training(rows, "lora").take_step
+    figures: list[Figure] = []
+    samples: dict[str, Any] = {}
+    for label, recipe in CASES.items():
+        say(f"optim: {label}")
+        run = training(rows, recipe)
+        first = seconds(run.take_step)
+        timed = {PLAIN: lambda: seconds(plain), label: lambda step=run.take_step: seconds(step)}
+        found = alternate(timed, rounds, warm_up=1, settle=0 if options.quick else SETTLE)
+        samples[label] = found | {"first": first}
+        over = ratios(found[label], found[PLAIN])
+        figures.append(figure(f"{label}, over LoRA with AdamW", over, at_most=TARGETS.get(label)))
+        if label == "increlora, scored step":
+            samples[label] |= growth(run)
+        del run, timed
+        gc.collect()
+    figures += spread(samples)
+    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK, "shape": list(rows["input_ids"].shape)}
+    return Report(figures, samples, settings | {"recipes": CASES})
+
+
+def spread(samples: dict[str, Any]) -> list[Figure]:
+    """What happens now and then, in the terms of the steps between."""
+    scored, other = (samples[f"increlora, {kind} step"] for kind in ("scored", "other"))
+    a, b = (ratios(s[label], s[PLAIN]) for label, s in samples.items() if label.startswith("increlora"))
+    share, often = GROWING * scored["scores"] / scored["every"], GROWING / scored["every"]
+    mean = [y + share * (x - y) + often * scored["growth"] / s for x, y, s in zip(a, b, other[PLAIN])]
+    figures = [figure("increlora, over LoRA with AdamW, amortised", mean, at_most=1.05)]
+    for label in ("galore", "galore, randomised"):
+        usual = samples[label][label]
+        share = [(samples[label]["first"] - s) / (PERIOD * s) for s in usual]
+        figures.append(figure(f"{label}: decompositions, share of a period", share, at_most=REFRESH))
+    return figures
+
+
+def training(rows: dict[str, Any], recipe: str) -> Any:
+    """A run of the loop on one batch, before its first step."""
+    import veneer
+    from veneer.train.feed import BatchFeed
+    from veneer.train.processes import Processes
+    from veneer.train.settings import Settings
+    from veneer.train.steps import Training
+    from veneer.train.tasks import Task
+
+    own = {"rank": RANK, "alpha": RANK} if recipe.startswith("lora") or recipe in SIMPLE else {}
+    adapter = veneer.attach(base_model(), recipe, sites="linear", calibration=[rows], seed=0, **own)
+    adapter.model.train()
+    task = Task("causal")
+    made = Training(adapter, BatchFeed([rows], task), task, Settings(steps=RUN, warmup=0), Processes())
+    made.begin_phase(RATE)
+    return made
+
+
+SIMPLE = ("sora", "dynamic-rank", "dylora", "triadaptlora")
+
+
+def growth(run: Any) -> dict[str, float]:
+    """Seconds of a round in which sites grow, the steps between two, and how many of these are scored by default."""
+    hook = next(h for h in run.adapter.hooks if hasattr(h, "room"))
+    return {"growth": seconds(lambda: hook._grow(run.at.step)), "every": hook.every, "scores": type(hook).scores}
+
+
+if __name__ == "__main__":
+    main("optim", measure, parser(__doc__).parse_args())
