@@ -92,22 +92,21 @@ def test_a_recipe_that_converts_the_base_leaves_the_others_a_dense_one(setting, 
 
 def test_a_process_that_is_killed_loses_at_most_one_run(setting, tmp_path):
     command = [sys.executable, "-m", "veneer.cli", "compare", "lora", "dora", "--model", setting.model]
-    command += ["--data", setting.data, "--general", setting.general, "--steps", "40", "--seeds", "8", "--lr", "1e-2"]
+    command += ["--data", setting.data, "--general", setting.general, "--steps", "12", "--seeds", "4", "--lr", "1e-2"]
     command += ["--rank", "2", "--batch-size", "4", "--eval-rows", "8", "--out", str(tmp_path / "out")]
     record = tmp_path / "out" / "trials.jsonl"
     quiet = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
-    until = time.monotonic() + 200
-    while not (record.exists() and record.read_text().count("\n") >= 3) and time.monotonic() < until:
+    while process.poll() is None and not (record.exists() and record.read_text().endswith("\n")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = [line for line in record.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    assert 3 <= len(before) < 16
+    assert 1 <= len(before) < 8
     assert subprocess.run(command, **quiet).returncode == 0
     after = record.read_text().splitlines(keepends=True)
-    assert after[: len(before)] == before and len(after) == 16
-    assert len({json.loads(line)["key"] for line in after}) == 16
+    assert after[: len(before)] == before and len(after) == 8
+    assert len({json.loads(line)["key"] for line in after}) == 8
 
 
 def test_a_budget_of_parameters_chooses_ranks_and_refuses_what_cannot_shrink(setting, here, tmp_path):
