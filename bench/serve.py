@@ -1,9 +1,18 @@
-"""Serving: tokens a second against the number of adapters, beside transformers' generate and PEFT's mixed batch.
+"""Serving: tokens a second against the number of adapters, beside transformers' generate, PEFT and llama.cpp.
 
-SmolLM2-135M in bf16, adapters of rank 8 on q, k, v and o, as S-LoRA's; 16 requests at once of 32 prompt tokens and
-32 new ones, all waiting from the start, adapters by S-LoRA's power law (0.3). The folder is made once, outside the
-timed part; of N adapters each is registered, read and resident on its own, while their contents repeat after 64. The
-latency run has gamma arrivals at 70 % of the measured rate.
+SmolLM2-135M in bf16, adapters of rank 8 on q, k, v and o, as S-LoRA's; requests of 32 prompt tokens and 32 new ones, 16
+at once, all waiting from the start, adapters by S-LoRA's power law (0.3). The folder is made once, outside the timed
+part, and kept (``--folder``); of N adapters each is registered, read and resident on its own, while their contents
+repeat after 64. ``--part`` runs one of the parts, each of less than three minutes, and writes ``serve-PART.json``:
+
+- base: this engine without adapters over transformers' generate, the same 16 requests;
+- peft: 16 requests with 16 adapters over PEFT's mixed batch and over PEFT switching;
+- scale: 1, 16 and 1,000 adapters over none, 64 requests; counts: 128 and 2,000;
+- latency: first tokens under gamma arrivals at 70 % of the measured rate, with 1,000 adapters;
+- loading: reading one adapter, by its bytes and by how many are registered;
+- memory: what ``--check`` promises against what a fresh process takes, all pages written;
+- vllm: exports read by vLLM's own reader, where that is installed;
+- llamacpp: llama.cpp's server with LoRA scaling by request, where llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -11,97 +20,289 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Report, alternate, figure, main, parser, ratios, repeats
+from bench.harness import Report, alternate, figure, fresh, main, parser, ratios, repeats, say
+from veneer.errors import UserError
 
 MODEL, RANK, SITES = "smollm2-135m", 8, ("q_proj", "k_proj", "v_proj", "o_proj")
 PROMPT, OUTPUT, BATCH, DISTINCT, ALPHA, DEADLINE = 32, 32, 16, 64, 0.3, 6.0
-COUNTS, QUICK_COUNTS = (1, 16, 128, 1000, 2000), (1, 16)
+MOST = 2000
 MEMORY = 1_200_000_000
+FOLDER = Path(tempfile.gettempdir()) / "veneer-bench-serve"
+SETTINGS = {"model": MODEL, "rank": RANK, "sites": SITES, "batch": BATCH, "memory": MEMORY, "alpha": ALPHA}
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Tokens a second of every case by turns, then latencies."""
+    """The parts asked for, one after the other."""
+    found = Report([], {}, dict(SETTINGS))
+    names = [options.part] if options.part else list(PARTS)
+    make(options.folder, QUICK if options.quick else MOST)
+    for name in names:
+        say(f"serve: {name}")
+        figures, samples = PARTS[name](options)
+        found.figures += figures
+        found.samples[name] = samples
+    return found
+
+
+def base(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """This engine without adapters and transformers' generate."""
+    rows = prompts(BATCH)
+    engine = engine_over(base_trunk(), options.folder, 0)
+    cases = {"transformers": transformers_case(rows), "0 adapters": lambda: served(engine, rows, 0, [])}
+    samples = alternate(cases, repeats(options), warm_up=1)
+    over = ratios(samples["0 adapters"], samples["transformers"])
+    figures = [figure("engine without adapters over transformers", over, at_least=1.2)]
+    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
+
+
+def peft(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Sixteen different adapters in one batch, here and with PEFT."""
+    rows = prompts(4 if options.quick else BATCH)
+    engine = engine_over(base_trunk(), options.folder, BATCH)
+    cases = peft_cases(options.folder, rows) | {"16 adapters": lambda: served(engine, rows, BATCH, [])}
+    samples = alternate(cases, options.repeats or (1 if options.quick else 5), warm_up=0 if options.quick else 1)
+    own = samples["16 adapters"]
+    figures = [
+        figure("16 adapters over PEFT's mixed batch", ratios(own, samples["peft mixed"]), at_least=5),
+        figure("16 adapters over PEFT switching", ratios(own, samples["peft switching"])),
+    ]
+    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
+
+
+def scale(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """1, 16 and 1,000 adapters against none."""
+    return against_none(options, (1, 16) if options.quick else (1, 16, 1000))
+
+
+def counts(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """128 and 2,000 adapters against none."""
+    return against_none(options, (8,) if options.quick else (128, 2000))
+
+
+def against_none(options: argparse.Namespace, numbers: tuple[int, ...]) -> tuple[list[Any], dict[str, Any]]:
+    """Engines with so many adapters and one without, by turns."""
+    rows = prompts(BATCH if options.quick else 4 * BATCH)
+    trunk = base_trunk()
+    engines = {n: engine_over(trunk, options.folder, n) for n in (0, *numbers)}
+    stats: dict[int, list[float]] = {n: [] for n in engines}
+    cases = {f"{n} adapters": lambda n=n: served(engines[n], rows, n, stats[n]) for n in engines}
+    samples = alternate(cases, options.repeats or (1 if options.quick else 5), warm_up=0 if options.quick else 1)
+    figures = []
+    for n in numbers:
+        reach = {"at_least": 0.75} if n == 1000 else {}
+        note = f"{sum(stats[n]) / len(stats[n]):.1f} different ones in a batch"
+        over = ratios(samples[f"{n} adapters"], samples["0 adapters"])
+        figures.append(figure(f"{n} adapters over none", over, note=note, **reach))
+    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
+
+
+def latency(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """First tokens while requests come at 70 % of what the engine bears."""
+    count = QUICK if options.quick else 1000
+    rows = prompts(BATCH if options.quick else 12 * BATCH)
+    engine = engine_over(base_trunk(), options.folder, count)
+    rate = [served(engine, rows[: 4 * BATCH], count, []) for _ in range(2)][-1]
+    return latencies(engine, rows, count, [rate]), {"tokens/s before": rate}
+
+
+def loading(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Time to read one adapter: few and many registered, and by its bytes."""
+    from veneer.serve.bank import Entry
+
+    trunk, found, samples = base_trunk(), [], {}
+
+    def reading(engine: Any, folder: Path) -> tuple[list[float], float]:
+        taken, size = [], 0.0
+        for _ in range(12):
+            began = time.perf_counter()
+            loaded = engine.bank.loader.read(Entry("again", folder))
+            taken.append((time.perf_counter() - began) * 1e3)
+            size = loaded.layout.numel * engine.pool.page_bytes / engine.pool.size / 1e6
+        return taken[2:], size
+
+    for count in (8, QUICK if options.quick else MOST):
+        engine = engine_over(trunk, options.folder, count)
+        for _ in range(min(count, BATCH)):
+            engine.submit(asked([[5, 6, 7]], 0)[0])
+        engine.run()
+        taken, size = reading(engine, options.folder / "a0")
+        samples[f"{count} registered"] = taken
+        found.append(figure(f"reading one of {count:,} adapters", taken, "ms", note=f"{size:.2f} MB"))
+    for rank in (8, 16, 32, 64):
+        folder = options.folder / f"rank{rank}"
+        if not folder.is_dir():
+            write_adapter(shapes(trunk.model), folder, rank, 0)
+        taken, size = reading(engine, folder)
+        samples[f"rank {rank}"] = taken
+        found.append(figure(f"reading rank {rank}, for a MB", [t / size for t in taken], "ms", note=f"{size:.2f} MB"))
+    return found, samples
+
+
+def memory(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Promised and taken, in a process of its own."""
+    found = fresh("bench.serve", "--resident", "--folder", str(options.folder))
+    share = found["taken"] / found["promised"]
+    note = f"{found['taken'] / 1e6:,.0f} of {found['promised'] / 1e6:,.0f} MB promised"
+    return [figure("resident growth over the promise, from 1", abs(share - 1), at_most=0.05, note=note)], found
+
+
+def resident(options: argparse.Namespace) -> None:
+    """Write what `--check` promises and what this process took to ``--out``."""
+    import psutil
+    import torch
+
+    import veneer
+    from veneer.serve.check import check
+
+    own = psutil.Process()
+    x = torch.randn(512, 512)
+    torch.nn.functional.linear(x.bfloat16(), x.bfloat16())  # what the libraries take for themselves
+    veneer.load_model  # noqa: B018
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    before = own.memory_info().rss
+    trunk = base_trunk()
+    pages = MEMORY // trunk.page_bytes()
+    plan = check(trunk, options.folder, pages)
+    engine = engine_over(trunk, options.folder, QUICK, reuse=True)
+    draw = torch.Generator().manual_seed(0)
+    while engine.pool.free:
+        for n in range(BATCH):
+            row = torch.randint(100, 40_000, (480,), generator=draw).tolist()
+            engine.submit(asked([row], 0)[0] if n else asked([row], QUICK, seed=n)[0])
+        engine.run()
+    content = {"promised": plan.total_bytes, "taken": own.memory_info().rss - before}
+    Path(options.out).write_text(json.dumps(content), encoding="utf-8")
+
+
+def vllm(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Adapters exported for vLLM, read by its own reader; LoRA, rsLoRA, DoRA and PiSSA."""
+    try:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+    except Exception as error:  # whatever its imports want
+        say(f"serve: vLLM's reader does not import ({' '.join(str(error).split())[:120]}); its part is left out")
+        return [], {}
+    from types import SimpleNamespace
+
+    import torch
+
+    import veneer
+    from veneer.io.vllm import most, write
+
+    read = {}
+    for recipe in ("lora(alpha=3)", "rslora", "dora", "lora+pissa"):
+        model, _ = veneer.load_model(MODEL, dtype=torch.float32, device="cpu")
+        adapter = veneer.attach(model, recipe, rank=RANK, sites="attention")
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p += torch.randn_like(p) * 0.01
+        with tempfile.TemporaryDirectory() as root:
+            done = write(adapter, Path(root) / "a", **({"rank": 32} if recipe == "dora" else {}))
+            helper = PEFTHelper.from_local_dir(str(done.path), None)
+            helper.validate_legal(SimpleNamespace(max_lora_rank=most(helper.r)))
+            theirs = LoRAModel.from_local_checkpoint(
+                str(done.path), set(SITES), peft_helper=helper, lora_model_id=1, device="cpu", dtype=torch.float32
+            )
+            read[recipe] = len(theirs.loras) == len(done.ranks) and all(
+                w.lora_a is not None and w.lora_b is not None and w.scaling == 1 for w in theirs.loras.values()
+            )
+    return [figure("forms that vLLM's reader takes", float(sum(read.values())), at_least=len(read))], read
+
+
+def llamacpp(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """llama.cpp with one LoRA, request by request, as its server batches none with different adapters."""
+    try:
+        import llama_cpp
+    except ImportError:
+        say("serve: llama-cpp-python is not installed; its part is left out")
+        return [], {}
     import torch
 
     import veneer
 
-    counts = QUICK_COUNTS if options.quick else COUNTS
-    requests = BATCH if options.quick else 4 * BATCH
-    folder = Path(tempfile.mkdtemp(prefix="veneer-bench-"))
-    try:
-        model, _ = veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")
-        adapters(model, folder, max(counts))
-        rows = prompts(requests)
-        cases = {"transformers": lambda: transformers_rate(model, rows[:BATCH])}
-        cases |= peft_cases(folder, rows[: 2 if options.quick else BATCH])
-        trunk = base_trunk()
-        engines = {n: engine_over(trunk, folder, n) for n in (0, *counts)}
-        stats: dict[int, list[float]] = {n: [] for n in engines}
-        for n, engine in engines.items():
-            cases[f"{n} adapters"] = lambda n=n, engine=engine: served(engine, rows, n, stats[n])
-        samples = alternate(cases, repeats(options), warm_up=0 if options.quick else 1)
-        base = samples["0 adapters"]
-        figures = [
-            figure("engine without adapters over transformers", ratios(base, samples["transformers"]), at_least=1.2),
-            figure(
-                "16 adapters over PEFT's mixed batch", ratios(samples["16 adapters"], samples["peft mixed"]), at_least=5
-            ),
-        ]
-        for n in counts:
-            reach = {"at_least": 0.75} if n == 1000 else {}
-            distinct = sum(stats[n]) / max(1, len(stats[n]))
-            figures.append(
-                figure(
-                    f"{n} adapters over none",
-                    ratios(samples[f"{n} adapters"], base),
-                    note=f"{distinct:.1f} in a batch",
-                    **reach,
-                )
-            )
-        figures += [figure(name, taken, "tokens/s") for name, taken in samples.items()]
-        figures += latencies(engines[counts[-1]], rows, counts[-1], samples[f"{counts[-1]} adapters"])
-        figures += loading(engines[counts[-1]], counts)
-        settings = {"model": MODEL, "rank": RANK, "sites": SITES, "batch": BATCH, "memory": MEMORY, "alpha": ALPHA}
-        return Report(figures, samples, settings)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    model, _ = veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")
+    gguf = options.folder / "base.gguf"
+    if not gguf.is_file():
+        raise UserError(f"llama.cpp needs the base as GGUF at {gguf}; convert it with llama.cpp's convert_hf_to_gguf")
+    adapter = options.folder / "adapter.gguf"
+    if not adapter.is_file():
+        veneer.load(model, options.folder / "a0", force=True).export(adapter, format="gguf")
+    theirs = llama_cpp.Llama(
+        str(gguf), lora_path=str(adapter), n_ctx=256, n_threads=torch.get_num_threads(), verbose=False
+    )
+    rows = prompts(4 if options.quick else BATCH)
+    engine = engine_over(base_trunk(), options.folder, BATCH)
+
+    def one_by_one() -> float:
+        began = time.perf_counter()
+        for row in rows:
+            theirs.reset()
+            for count, _ in enumerate(theirs.generate(row, temp=0.0), 1):
+                if count == OUTPUT:
+                    break
+        return len(rows) * OUTPUT / (time.perf_counter() - began)
+
+    cases = {"llama.cpp, one by one": one_by_one, "16 adapters": lambda: served(engine, rows, BATCH, [])}
+    samples = alternate(cases, options.repeats or 3, warm_up=0 if options.quick else 1)
+    over = ratios(samples["16 adapters"], samples["llama.cpp, one by one"])
+    figures = [figure("16 adapters over llama.cpp with one", over)]
+    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
 
 
-def adapters(model: Any, folder: Path, count: int) -> None:
-    """PEFT folders ``a0`` …, hard links to ``DISTINCT`` different ones."""
+PARTS = {f.__name__: f for f in (base, peft, scale, counts, latency, loading, memory, vllm, llamacpp)}
+QUICK = 16
+
+
+def make(folder: Path, count: int) -> None:
+    """PEFT folders ``a0`` …, hard links to ``DISTINCT`` different ones; those that are there stay."""
+    import torch
+
+    if (folder / f"a{count - 1}").is_dir():
+        return
+    import veneer
+
+    found = shapes(veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")[0])
+    for n in range(count):
+        own = folder / f"a{n}"
+        if own.is_dir():
+            continue
+        if n < DISTINCT:
+            write_adapter(found, own, RANK, n)
+            continue
+        scratch = folder / f".a{n}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (scratch / name).unlink(missing_ok=True)
+            os.link(folder / f"a{n % DISTINCT}" / name, scratch / name)
+        scratch.rename(own)
+
+
+def shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of every adapted layer."""
+    modules = model.named_modules()
+    return {path: tuple(m.weight.shape) for path, m in modules if path.rpartition(".")[2] in SITES}
+
+
+def write_adapter(layers: dict[str, tuple[int, int]], folder: Path, rank: int, seed: int) -> None:
+    """One adapter of random factors, as PEFT's folder."""
     import torch
     from safetensors.torch import save_file
 
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": list(SITES),
-        "task_type": "CAUSAL_LM",
-    }
-    for n in range(count):
-        own = folder / f"a{n}"
-        own.mkdir()
-        if n >= DISTINCT:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                os.link(folder / f"a{n % DISTINCT}" / name, own / name)
-            continue
-        g = torch.Generator().manual_seed(n)
-        tensors = {}
-        for path, module in model.named_modules():
-            if path.rpartition(".")[2] in SITES:
-                out, inputs = module.weight.shape
-                for name, shape, size in (("A", (RANK, inputs), inputs**-0.5), ("B", (out, RANK), 0.02)):
-                    key = f"base_model.model.{path}.lora_{name}.weight"
-                    tensors[key] = (torch.randn(shape, generator=g) * size).bfloat16()
-        save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})
-        (own / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(SITES)}
+    g, tensors = torch.Generator().manual_seed(seed), {}
+    for path, (out, inputs) in layers.items():
+        for name, shape, size in (("A", (rank, inputs), inputs**-0.5), ("B", (out, rank), 0.02)):
+            key = f"base_model.model.{path}.lora_{name}.weight"
+            tensors[key] = (torch.randn(shape, generator=g) * size).bfloat16()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}), encoding="utf-8")
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -130,9 +331,14 @@ def generated(model: Any, rows: list[list[int]], **extra: Any) -> float:
     return len(rows) * OUTPUT / (time.perf_counter() - began)
 
 
-def transformers_rate(model: Any, rows: list[list[int]]) -> float:
+def transformers_case(rows: list[list[int]]) -> Any:
     """The base in plain transformers."""
-    return generated(model, rows)
+    import torch
+
+    import veneer
+
+    model, _ = veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")
+    return lambda: generated(model, rows)
 
 
 def peft_cases(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
@@ -173,12 +379,12 @@ def base_trunk() -> Any:
     return Trunk(veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")[0])
 
 
-def engine_over(trunk: Any, folder: Path, count: int) -> Any:
+def engine_over(trunk: Any, folder: Path, count: int, reuse: bool = False) -> Any:
     """An engine with ``count`` adapters registered."""
     from veneer.serve.engine import Engine, Limits
 
-    limits = Limits(batch=BATCH, queue=10_000, chunk=512, reuse=False)
-    engine = Engine(trunk, (MEMORY if count > 16 else MEMORY // 4) // trunk.page_bytes(), limits=limits)
+    limits = Limits(batch=BATCH, queue=10_000, chunk=512, reuse=reuse)
+    engine = Engine(trunk, (MEMORY if count > 16 or reuse else MEMORY // 4) // trunk.page_bytes(), limits=limits)
     for n in range(count):
         engine.bank.add(f"a{n}", folder / f"a{n}")
     return engine
@@ -235,19 +441,19 @@ def latencies(engine: Any, rows: list[list[int]], count: int, rates: list[float]
     ]
 
 
-def loading(engine: Any, counts: tuple[int, ...]) -> list[Any]:
-    """Time to load one adapter, with few and with many registered."""
-    from veneer.serve.bank import Entry
-
-    found = []
-    folder = engine.bank.entries["a0"].folder
-    for _ in range(10):
-        began = time.perf_counter()
-        engine.bank.loader.read(Entry("again", folder))
-        found.append((time.perf_counter() - began) * 1e3)
-    size = engine.bank.entries["a0"].size * engine.pool.page_bytes / 1e6
-    return [figure("reading one adapter", found, "ms", note=f"{size:.2f} MB, {counts[-1]} registered")]
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    made = parser(__doc__)
+    made.add_argument("--part", choices=list(PARTS), help="only this part, into serve-PART.json")
+    made.add_argument("--folder", type=Path, default=FOLDER, help=f"where the adapters are kept; {FOLDER}")
+    made.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--out", help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
 if __name__ == "__main__":
-    main("serve", measure, parser(__doc__).parse_args())
+    given = arguments()
+    if given.resident:
+        resident(given)
+    else:
+        main(f"serve-{given.part}" if given.part else "serve", measure, given)

@@ -84,6 +84,25 @@ def test_sums_of_rows_and_products_of_runs_are_the_written_out_change(rich):
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_with_adapters_that_lie_alike_are_one_product_and_right():
+    pool = PagePool(3, 600, cell=16, tokens=4)
+    pieces = [drawn(rank, seed, rich) for seed, (rank, rich) in enumerate([(4, 0), (4, 0), (4, 0), (8, 0), (4, 1)])]
+    mixes = [((resident(pool, GROUPS, p), 1.0),) for p in pieces]
+    spans = [(2, 20, 0), (20, 40, 1), (40, 60, 2), (60, 80, 3), (80, 100, 4), (100, 116, 0), (116, 160, 1)]
+    plan = Plan(pool, GROUPS.chunk, [mixes[3], ()], [Run(a, b, mixes[n]) for a, b, n in spans])
+    assert [s.count for s in plan.stacks] == [3] and len(plan.runs) == 4  # 44 rows are too many to fill 16 up to
+    owners = [3, None] + [n for a, b, n in spans for _ in range(b - a)]
+    for layer in range(3):
+        for group, (inputs, outputs) in GROUPS.sizes.items():
+            x, y = torch.randn(160, inputs), torch.randn(160, outputs)
+            want = y.clone()
+            for i, n in enumerate(owners):
+                if n is not None:
+                    want[i] += reference(pieces[n], 1.0, layer, group, x[i : i + 1], y[i : i + 1])[0]
+            plan.add(layer, group, x, y)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [1, 4, 5, 8, 64])
 def test_what_is_packed_comes_back_bit_for_bit(rank):
     pieces = drawn(rank, 0)

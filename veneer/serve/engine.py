@@ -245,7 +245,7 @@ class Engine:
             if r.length - r.known > 1 and budget > 0:
                 parts.append((r, min(budget, r.length - r.known)))
                 budget -= parts[-1][1]
-        parts.sort(key=lambda p: p[1])
+        parts.sort(key=lambda p: (p[1] >= RUN, max((e.rank for e in p[0].entries), default=0), p[1]))  # alike, adjacent
         for r, count in [*((r, 1) for r in singles), *parts]:
             need = -(-(r.known + count) // self.pool.tokens) - len(r.pages)
             if need > 0:

@@ -3,8 +3,9 @@
 The layers that share an input are one group (q, k and v; gate and up), and an adapter brings for each group any number
 of pieces, each a pair A (r, in), B (rows, r) for a row range of the group's output. In a page's numbers come
 
-- for each group all A of its pieces as one matrix (in, width), columns side by side, ``width`` the next power of two: a
-  row of it is one input's share of every h, so that ``h = Σ_i x_i · row_i`` is a weighted sum of rows;
+- for each group all A of its pieces as one matrix (in, width), columns side by side, ``width`` the next power of two or
+  divisor of ``chunk``: a row of it is one input's share of every h, so that ``h = Σ_i x_i · row_i`` is a weighted sum
+  of rows;
 - for each piece Bᵀ as rows of ``chunk`` numbers, ``B[c·chunk + k, j]`` at row ``j · chunks + c``, place k: so
   ``y = Σ_j h_j · row_j`` is a weighted sum of rows too;
 - for each piece that has them, the change of the bias and the gain less one, in rows of ``chunk``.
@@ -80,10 +81,11 @@ class Layout:
             at = filled.get(place.group, 0)
             columns[place] = (at, pieces[place].rank)
             filled[place.group] = at + pieces[place].rank
-        widths = {group: 1 << max(2, (n - 1).bit_length()) for group, n in filled.items()}
+        widths = {group: _width(n, groups.chunk) for group, n in filled.items()}
         end, a = 0, {}
         for group in sorted(widths, key=lambda g: -widths[g]):
-            a[group], end = end, end + groups.sizes[group][0] * widths[group]
+            a[group] = end + -end % widths[group]
+            end = a[group] + groups.sizes[group][0] * widths[group]
         end += -end % groups.chunk
         starts: list[dict[Place, int]] = [{}, {}, {}]
         for place, piece in sorted(pieces.items()):
@@ -198,6 +200,13 @@ class Table:
     gain: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     gain_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     parts: list[Part] = field(default_factory=list)
+
+
+def _width(columns: int, chunk: int) -> int:
+    """The least width for so many columns of which rows fill pages: what divides a chunk, or a power of two, divides a
+    page."""
+    power = 1 << max(2, (columns - 1).bit_length())
+    return next((w for w in range(max(4, columns), power) if chunk % w == 0), power)
 
 
 def _extras(piece: Piece) -> tuple[Tensor | None, Tensor | None]:

@@ -2,7 +2,8 @@
 
 Rows of a single token gather: ``h_i = Σ_k x_ik · A[k]`` and ``y_i += Σ_j h_ij · Bᵀ[j]`` are weighted sums of rows of
 the pool (one ``embedding_bag`` each), which read every factor once, from wherever it lies, and copy none. Runs of many
-tokens of one request (a prompt) take its factors out of the pool and multiply. A row without an adapter sums nothing.
+tokens of one request (a prompt) take its factors out of the pool and multiply, those whose adapters lie alike all at
+once (`stack`). A row without an adapter sums nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from veneer.serve.layout import ONE, Table
 from veneer.serve.pool import PagePool
+from veneer.serve.stack import Stack, stacked
 
 RUN = 16  # fewest tokens of one request that are worth taking its factors out of the pool for
 
@@ -63,7 +65,9 @@ class Plan:
         self.device, self.dtype = pool.data[0].device, pool.data[0].dtype
         groups = {group for mix in heads for tables, _ in mix for group in tables}
         self.groups = {group: self._group(group, heads) for group in groups}
-        self.runs = [(run, _matrices(run.mix, self._ids)) for run in runs if run.mix]
+        stacks, single = stacked([run for run in runs if run.mix])
+        self.stacks = [Stack(pool, chunk, alike) for alike in stacks]
+        self.runs = [(run, _matrices(run.mix, self._ids)) for run in single]
 
     def add(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
         """Add the change of ``group`` in ``layer`` to ``y`` (T, out), the base's output for ``x`` (T, in), in place."""
@@ -71,6 +75,9 @@ class Plan:
         if plan is not None:
             whole = self.count == x.shape[0]
             self._sum(plan, layer, x if whole else x[: self.count], y if whole else y[: self.count])
+        for stack in self.stacks:
+            if group in stack.groups:
+                stack.add(layer, group, x, y)
         for run, groups in self.runs:
             if group in groups:
                 self._multiply(groups[group], layer, x[run.start : run.stop], y[run.start : run.stop])
