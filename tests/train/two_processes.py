@@ -2,7 +2,8 @@
 
 ``data``: ``fit``. ``ddp``: the user's own loop around DistributedDataParallel. ``shard-first`` and ``attach-first``:
 ``fit`` on a model under torch's fully_shard, sharded before or after the adapter is attached. ``broken``: sharded, with
-a folder (the second argument's), stopped by a signal to the first process after two steps, and resumed.
+a folder (the second argument's), stopped by a signal to the first process after two steps, and resumed. ``sum RECIPE``:
+``fit`` with that recipe (`sums`).
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 
+import sums
 import torch
 from small_runs import collated, encoded, llama
 
@@ -26,7 +28,8 @@ def by_fit(adapter, out=None, **changes):
     from veneer.train.loop import fit
 
     given = {"batch_size": SIZE, "accumulate": 2, "lr": 1e-2, "clip": 0.1, "precision": "fp32", "display": False}
-    run = fit(adapter, encoded(29), out, eval_data=encoded(5, 2), steps=STEPS, **given | changes)
+    given |= {"eval_data": encoded(5, 2), "steps": STEPS}
+    run = fit(adapter, encoded(29), out, **given | changes)
     return {"losses": run.losses, "held_out": run.held_out}
 
 
@@ -80,6 +83,9 @@ def stopped(out):
 
 
 def outcome(kind, out):
+    if kind.startswith("sum "):
+        adapter = sums.attached(kind.removeprefix("sum "))
+        return by_fit(adapter, steps=sums.STEPS, eval_data=None) | {"vector": vector(adapter)}
     model = llama()
     if kind == "shard-first":
         model = sharded(model)
