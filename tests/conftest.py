@@ -1,6 +1,8 @@
 """For all tests: the tiny models of the contract, a cache of their own, no progress bars, a model of whole words."""
 
+import fcntl
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -46,3 +48,20 @@ def colour_rows():
         return [{"prompt": f"say the colour of {thing}", "completion": f" {colour}"} for thing, colour in asked]
 
     return rows
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The documentation, built once for all processes of a run of the tests."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'veneer[docs]'")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = base / "site"
+    with open(base / "site.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "site.built").exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
+            done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (base / "site.built").touch()
+    return out

@@ -2,18 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-
-import pytest
 
 from veneer.core import registry
 from veneer.report import pages
-
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent))
-
-from snippets import ROOT
 
 
 def test_a_ruled_table_becomes_a_table():
@@ -113,16 +105,6 @@ class Loads(HTMLParser):
         loads = {"script": "src", "img": "src", "link": "href", "iframe": "src"}.get(tag)
         if loads and given.get("rel") not in ("canonical", "next", "prev"):
             self.found.append(given.get(loads) or "")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'veneer[docs]'")
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
 
 
 def test_the_site_has_a_page_for_every_method(site):
