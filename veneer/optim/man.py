@@ -88,6 +88,7 @@ class MAN(Optim):
     Otherwise than there: the mean of L and E in place of their sum, since a residual layer passes x on in both
     (``mix="sum"`` has the sum). The head of a local loss is the model's own, norm included, which those losses do not
     move, with a low-rank change before it: for r ≥ classes as much as a head of its own, and cheap with a vocabulary.
+    Layers are not checkpointed, as few are alive.
     E and L start at u (there all convolutions are drawn anew after copying). There is no decoder of the input image,
     and no contrastive loss. Objectives act in each local loss. ``clip`` bounds the gradient of each block by itself;
     give the run ``clip=0`` with it, or its own bound looks at all blocks together.
@@ -236,8 +237,15 @@ class MAN(Optim):
 
             forwards[border.door] = auxiliary
             forwards |= dict.fromkeys(self.layers_of[end + 1 :], self._pass_on)
-        with standing_in(forwards):
-            yield left
+        checked = [b for b in self.layers_of if getattr(b, "gradient_checkpointing", False)]
+        try:
+            for b in checked:
+                b.gradient_checkpointing = False
+            with standing_in(forwards):
+                yield left
+        finally:
+            for b in checked:
+                b.gradient_checkpointing = True
 
     def _seen(self, border: Border, x: Tensor, u: Callable[[], Tensor]) -> Tensor:
         """z_k + B_k A_k z_k of x_k."""
