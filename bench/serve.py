@@ -171,7 +171,7 @@ def resident(options: argparse.Namespace) -> None:
     plan = check(trunk, options.folder, pages)
     engine = engine_over(trunk, options.folder, QUICK, reuse=True)
     draw = torch.Generator().manual_seed(0)
-    while engine.pool.free:
+    while engine.pool.free > pages // 100:
         for n in range(BATCH):
             row = torch.randint(100, 40_000, (480,), generator=draw).tolist()
             engine.submit(asked([row], 0)[0] if n else asked([row], QUICK, seed=n)[0])
