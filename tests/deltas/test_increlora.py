@@ -10,7 +10,7 @@ from torch import nn
 
 import veneer
 from veneer.core.hook import Schedule
-from veneer.deltas.increlora import importance_score
+from veneer.numerics.norms import importance_score
 from veneer.parts.restore import attach_from
 from veneer.parts.state import clone, load_state
 

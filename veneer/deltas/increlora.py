@@ -15,6 +15,7 @@ from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.chance import normal
+from veneer.numerics.norms import importance_score, orthogonality
 from veneer.parts.trainability import add_parameters, remove_parameters
 
 if TYPE_CHECKING:
@@ -80,10 +81,16 @@ class IncreLoRA(Delta):
         """ρ, the number of active components."""
         return self.start + self.grown * self.width
 
+    def _all(self, letter: str) -> list[Tensor]:
+        return [getattr(self, f"{letter}{k}") for k in range(self.grown + 1 + self.reserve)]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (n, in) and B (out, n) of all blocks, the waiting one's too."""
+        return torch.cat(self._all("A")), torch.cat(self._all("B"), dim=1)
+
     def pair(self) -> Pair:
-        blocks = range(self.grown + 1 + self.reserve)
-        weighted = [getattr(self, f"e{k}")[:, None] * getattr(self, f"A{k}") for k in blocks]
-        return Pair(torch.cat(weighted), torch.cat([getattr(self, f"B{k}") for k in blocks], dim=1), self.scale)
+        A, B = self.factors()
+        return Pair(torch.cat(self._all("e"))[:, None] * A, B, self.scale)
 
     def add_block(self, reserve: bool) -> dict[str, nn.Parameter]:
         """Activate the waiting block, or make an active one, and with ``reserve`` a waiting one; gives what is new."""
@@ -101,7 +108,7 @@ class IncreLoRA(Delta):
     def drop_reserve(self) -> list[nn.Parameter]:
         """Take the waiting block away; gives its tensors that trained."""
         names, self.reserve = [f"{n}{self.grown + 1}" for n in "AeB"], False
-        gone = [getattr(self, n) for n in names if n in self._parameters]
+        gone = [self._parameters[n] for n in names if n in self._parameters]
         for n in names:
             self.rebuilt.discard(n)
             delattr(self, n)
@@ -115,9 +122,9 @@ class IncreLoRA(Delta):
         return {s.name: getattr(self, s.name) for s in self._block(k) if s.trained}
 
     def _activate(self, k: int) -> dict[str, nn.Parameter]:
-        self.set_tensor(f"e{k}", getattr(self, f"e{k}"), trained=True)
-        self.rebuilt.discard(f"e{k}")
-        return {f"e{k}": getattr(self, f"e{k}")}
+        self.set_tensor(name := f"e{k}", getattr(self, name), trained=True)
+        self.rebuilt.discard(name)
+        return {name: getattr(self, name)}
 
     def match(self, state: dict[str, Tensor]) -> None:
         """Take the blocks that a saved state has: those with an e are active, one without waits."""
@@ -139,12 +146,6 @@ class IncreLoRA(Delta):
         return (self.rank + waiting) * (self.site.in_features + self.site.out_features) + self.rank
 
 
-def importance_score(change: Tensor, gradient: Tensor, score: str = "sqrt") -> Tensor:
-    """S = Σ|ΔW∘G| over √(out·in), or over out·in for ``mean``; both (out, in)."""
-    size = gradient.numel() if score == "mean" else gradient.numel() ** 0.5
-    return (change * gradient).abs().sum() / size
-
-
 @method("increlora-ranks", axis="ranks", paper="arXiv:2308.12043", system=61, defaults="increlora")
 class IncreLoRARanks(Ranks):
     """Give more rank to the sites that matter most, round by round, until the budget is spent (Zhang et al. 2023).
@@ -163,8 +164,8 @@ class IncreLoRARanks(Ranks):
     last (official: every step; a number of at least Δ is that). It is made from activations and not kept; under
     accumulation the score is the mean over micro-batches (official: the last one), and over processes. Each round takes
     no more than fits the budget (official: ties and d > 1 overshoot, and then it never stops). A schedule that cannot
-    finish in time is refused (official: printed).
-    ``score="mean"`` divides by out·in as in the paper, ``scaling="fixed"`` holds s at α/R̄.
+    finish in time is refused (official: printed). ``score="mean"`` divides by out·in as in the paper,
+    ``scaling="fixed"`` holds s at α/R̄.
     """
 
     rank: Annotated[int, At(ge=1, doc="R̄, the mean rank to reach")] = 8
@@ -189,8 +190,7 @@ class IncreLoRARanks(Ranks):
             raise UserError(f"increlora-ranks grows the form increlora, not {other.name}; write 'increlora'")
         self.sensitivity = dict.fromkeys(adapter.deltas, 0.0)
         self.uncertainty = dict.fromkeys(adapter.deltas, 0.0)
-        self.seen: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
+        self.seen, self.handles = {}, []
         for d in self.sites:
             d.width = self.block or max(1, self.rank // 2)
             d.divisor = float(self.rank) if self.scaling == "fixed" else d.divisor
@@ -204,8 +204,7 @@ class IncreLoRARanks(Ranks):
     @property
     def room(self) -> int:
         """How many blocks still fit the budget."""
-        spent = sum(d.rank for d in self.sites)
-        return max(0, self.rank * len(self.sites) - spent) // self.sites[0].width
+        return max(0, sum(self.rank - d.rank for d in self.sites)) // self.sites[0].width
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
         self._plan_rounds(schedule.steps)
@@ -247,23 +246,12 @@ class IncreLoRARanks(Ranks):
         """In backward: add this micro-batch's S, whose gradient carries its weight in the batch."""
         g, path = delta.site.output_rows(grad), delta.site.path
         G = (g.T @ delta.site.input_rows(x).to(g.dtype)).float()
-        found = importance_score(delta.weight(), G, self.score)
-        self.seen[path] = self.seen[path] + found if path in self.seen else found
+        self.seen[path] = self.seen.get(path, 0) + importance_score(delta.weight(), G, self.score)
 
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
         if not self.orthogonality:
             return None
-        alike: dict[tuple, list[Tensor]] = {}  # factors of one shape are taken together
-        for d in self.sites:
-            for name, dim in (("A", 0), ("B", 1)):
-                M = torch.cat([getattr(d, f"{name}{k}") for k in range(d.grown + 1 + d.reserve)], dim)
-                alike.setdefault((name, M.shape), []).append(M)
-        norms = []
-        for (name, _), same in alike.items():
-            M = torch.stack(same)
-            gram = M @ M.mT if name == "A" else M.mT @ M
-            norms.append((gram - torch.eye(gram.shape[-1], device=M.device)).norm(dim=(1, 2)))
-        return self.orthogonality * torch.cat(norms).mean()
+        return self.orthogonality * orthogonality([M for d in self.sites for A, B in [d.factors()] for M in (A, B.T)])
 
     def before_optimizer(self, step: int) -> None:
         if not self.room or not self._scored(step):
@@ -285,15 +273,17 @@ class IncreLoRARanks(Ranks):
         return S.tolist()
 
     def _grow(self, step: int) -> None:
-        importance = {path: self.sensitivity[path] * self.uncertainty[path] for path in self.adapter.deltas}
-        chosen = sorted(importance, key=importance.get, reverse=True)[: min(self.most, self.room)]
-        fresh = {}
-        for path in chosen:
+        importance, fresh = {path: I * self.uncertainty[path] for path, I in self.sensitivity.items()}, {}
+        for path in sorted(importance, key=importance.get, reverse=True)[: min(self.most, self.room)]:
             new = self.adapter.deltas[path].add_block(reserve=self.advance)
             fresh |= {f"{path}.{n}": p for n, p in new.items()}
         add_parameters(self.adapter, fresh, start_step=step + 1 if self.own_clock else 0)
         if not self.room:
             self.on_end()
+
+    def _let_go(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
 
     def on_end(self) -> None:
         """The budget is spent, or the run over: stop watching and drop what waits."""
@@ -301,10 +291,6 @@ class IncreLoRARanks(Ranks):
         for d in self.sites:
             if d.reserve:
                 remove_parameters(self.adapter, d.drop_reserve())
-
-    def _let_go(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}

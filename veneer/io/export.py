@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-lora": ("certificate", {}),
     "gguf": ("gguf", {}),
     "merged": ("merged", {}),
+    "vllm": ("vllm", {}),
 }
 
 
@@ -31,10 +32,10 @@ def export(adapter: Adapter, path: str | Path, *, format: str = "peft", **option
         adapter: what to write; it and its model stay as they are.
         path: a directory, for ``gguf`` a file.
         format: ``peft`` (the adapter in PEFT's form of it, plain LoRA where PEFT has none), ``peft-lora`` (plain LoRA
-            in any case, with the error that this makes), ``gguf`` (a GGUF LoRA for llama.cpp), ``merged`` (the model
-            as a transformers directory).
-        options: of the format's own ``write``: ``rank``, ``tolerance``, ``batches``, ``seed`` for ``peft-lora``;
-            ``dtype``, ``rank``, ``tolerance`` for ``gguf``; ``tokenizer``, ``dtype``, ``max_shard_size`` for
+            in any case, with the error that this makes), ``vllm`` (the same in what vLLM reads), ``gguf`` (a GGUF LoRA
+            for llama.cpp), ``merged`` (the model as a transformers directory).
+        options: of the format's own ``write``: ``rank``, ``tolerance``, ``batches``, ``seed`` for ``peft-lora`` and
+            ``vllm``; ``dtype``, ``rank``, ``tolerance`` for ``gguf``; ``tokenizer``, ``dtype``, ``max_shard_size`` for
             ``merged``.
 
     Raises:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from torch import Tensor
 
 from veneer.core.hook import Objective, Run
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.numerics.norms import orthogonality
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
-
-
-def orthogonality(factors: list[Tensor]) -> Tensor:
-    """The mean of ‖MMᵀ − I‖_F (not squared) over factors M (r, n); those of one shape are taken together."""
-    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for M in factors:
-        alike[M.shape].append(M)
-    norms = []
-    for same in alike.values():
-        M = torch.stack(same)
-        gram = M @ M.transpose(1, 2)
-        norms.append(torch.linalg.vector_norm(gram - torch.eye(M.shape[1], device=M.device), dim=(1, 2)))
-    return torch.cat(norms).mean()
 
 
 @method("orthogonal", axis="objective", paper="arXiv:2303.10512", system="61b", defaults="lora")

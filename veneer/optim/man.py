@@ -20,7 +20,7 @@ from veneer.models import architecture
 from veneer.numerics import chance
 from veneer.parts.layerwise import as_it_is
 from veneer.parts.trainability import remove_parameters
-from veneer.parts.trunk import hidden, standing_in
+from veneer.parts.trunk import hidden, standing_in, unchecked
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -88,10 +88,9 @@ class MAN(Optim):
     Otherwise than there: the mean of L and E in place of their sum, since a residual layer passes x on in both
     (``mix="sum"`` has the sum). The head of a local loss is the model's own, norm included, which those losses do not
     move, with a low-rank change before it: for r ≥ classes as much as a head of its own, and cheap with a vocabulary.
-    Layers are not checkpointed, as few are alive.
-    E and L start at u (there all convolutions are drawn anew after copying). There is no decoder of the input image,
-    and no contrastive loss. Objectives act in each local loss. ``clip`` bounds the gradient of each block by itself;
-    give the run ``clip=0`` with it, or its own bound looks at all blocks together.
+    Layers are not checkpointed, as few are alive. E and L start at u (there all convolutions are drawn anew after
+    copying). There is no decoder of the input image, and no contrastive loss. Objectives act in each local loss.
+    ``clip`` bounds each block's gradient by itself; give the run ``clip=0`` with it, or that looks at all together.
     """
 
     encoder_decoder = False
@@ -118,10 +117,8 @@ class MAN(Optim):
                 f"man: {type(adapter.model).__name__} has {count} layers in one stack to make {self.blocks} local "
                 "blocks of; give fewer blocks, or a model whose layers stand one after the other"
             )
-        for axis, why in (
-            ("ranks", "changes tensors in mid-run that man keeps copies of"),
-            ("mixture", "may run all layers once more"),
-        ):
+        apart = {"ranks": "changes tensors in mid-run that man copies", "mixture": "may run all layers once more"}
+        for axis, why in apart.items():
             for part in adapter.recipe.on(axis):
                 raise UserError(f"man runs some layers at a time, and {part.method.name} {why}: leave one of them out")
         if adapter.shared is not None and any(p.requires_grad for p in adapter.shared.parameters()):
@@ -139,9 +136,9 @@ class MAN(Optim):
             border = self._border(self.layers_of[at], trained)
             if self.head_rank:
                 shape, g = (self.head_rank, self._width()), chance.generator(self.seed, "man", k)
-                device = next(self.layers_of[at].parameters()).device
-                border.A = nn.Parameter(chance.kaiming_uniform(shape, g).to(device))
-                border.B = nn.Parameter(torch.zeros(shape[::-1], device=device))
+                like = next(self.layers_of[at].parameters())
+                border.A = nn.Parameter(chance.kaiming_uniform(shape, g).to(like.device))
+                border.B = nn.Parameter(torch.zeros(shape[::-1], device=like.device))
             self.borders.append(border)
         adapter.add_parameters({f"hook:{self.name}.{n}": p for n, p in self.parameters().items()}, rate=1.0)
 
@@ -160,8 +157,7 @@ class MAN(Optim):
 
     def _width(self) -> int:
         """d of the hidden states."""
-        model = self.adapter.model
-        head = architecture.head(model)
+        model, head = self.adapter.model, architecture.head(self.adapter.model)
         sizes = None if head is None else architecture.features(head)
         d = architecture.hidden_size(model) or (sizes and sizes[1])
         if not d:
@@ -175,10 +171,8 @@ class MAN(Optim):
 
     def weight(self, k: int) -> float:
         """λ of local block ``k``; 1 for the last, whose loss is the task's."""
-        inner = self.blocks - 1
-        if k == inner:
-            return 1.0
-        return self.first + (self.last - self.first) * k / max(1, inner - 1)
+        span = max(1, self.blocks - 2)
+        return 1.0 if k == self.blocks - 1 else self.first + (self.last - self.first) * k / span
 
     def micro_step(self, run: Run, batch: Any) -> Tensor:
         """Block by block, forward and backward; gives the last one's loss."""
@@ -209,7 +203,6 @@ class MAN(Optim):
     @contextmanager
     def _alone(self, k: int) -> Iterator[None]:
         """Within it only what belongs to block ``k`` trains."""
-        assert self.owner is not None
         others = [p for p in self.adapter.parameters() if self.owner.get(id(p), self.blocks - 1) != k]
         for p in others:
             p.requires_grad_(False)
@@ -237,15 +230,8 @@ class MAN(Optim):
 
             forwards[border.door] = auxiliary
             forwards |= dict.fromkeys(self.layers_of[end + 1 :], self._pass_on)
-        checked = [b for b in self.layers_of if getattr(b, "gradient_checkpointing", False)]
-        try:
-            for b in checked:
-                b.gradient_checkpointing = False
-            with standing_in(forwards):
-                yield left
-        finally:
-            for b in checked:
-                b.gradient_checkpointing = True
+        with unchecked(self.layers_of), standing_in(forwards):
+            yield left
 
     def _seen(self, border: Border, x: Tensor, u: Callable[[], Tensor]) -> Tensor:
         """z_k + B_k A_k z_k of x_k."""
@@ -270,9 +256,7 @@ class MAN(Optim):
     def _survey(self, run: Run, batch: Any) -> None:
         """Find out in one pass without gradient which tensors go with which block, and that the layers are a chain."""
         model, every = self.adapter.model, self.adapter.every().values()
-        inputs: list[Tensor] = []
-        outputs: list[Any] = []
-        early: set[nn.Module] = set()
+        inputs, outputs, early = [], [], set()
 
         def before(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
             inputs.append(given[0] if given else named["hidden_states"])

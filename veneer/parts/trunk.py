@@ -183,3 +183,16 @@ def _followed(cls: type) -> type:
 
     methods = {m: follow(m) for m in FOLLOWED if hasattr(cls, m)}
     return type(cls.__name__, (_Followed, cls), methods | {"__module__": __name__})
+
+
+@contextmanager
+def unchecked(blocks: list[nn.Module]) -> Iterator[None]:
+    """Within it these blocks are not checkpointed: they would be run again without what stands beside or for them."""
+    on = [b for b in blocks if getattr(b, "gradient_checkpointing", False)]
+    try:
+        for b in on:
+            b.gradient_checkpointing = False
+        yield
+    finally:
+        for b in on:
+            b.gradient_checkpointing = True

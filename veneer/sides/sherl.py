@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -173,7 +172,7 @@ class SHERL(Delta):
             h = self.entry(states)
             return ((h, *given[1:]), named) if given else (given, named | {"hidden_states": h})
 
-        with unchecked([*early, door]), trunk.standing_in({b: quietly(b) for b in early}):
+        with trunk.unchecked([*early, door]), trunk.standing_in({b: quietly(b) for b in early}):
             handle = door.register_forward_pre_hook(enter, with_kwargs=True)
             try:
                 return base(x, *args, **kwargs)
@@ -204,19 +203,6 @@ class SHERL(Delta):
         n, d, e = self.sizes
         gated = self.reducer == "gated"
         return n * ((d + 1) * e + (2 * (e + 1) * e if gated else 2 * e)) + e + 2 + (e + 1) * d + (0 if gated else 2 * d)
-
-
-@contextmanager
-def unchecked(blocks: list[nn.Module]) -> Iterator[None]:
-    """Within it these blocks are not checkpointed: they would be run again without the side."""
-    on = [b for b in blocks if getattr(b, "gradient_checkpointing", False)]
-    try:
-        for b in on:
-            b.gradient_checkpointing = False
-        yield
-    finally:
-        for b in on:
-            b.gradient_checkpointing = True
 
 
 def _bound(fan_in: int) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
