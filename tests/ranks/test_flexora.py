@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import veneer
 from veneer.errors import UserError
 from veneer.parts.attribution import loss_at
-from veneer.ranks.flexora import Search, _still, _twice, selected, weights
+from veneer.parts.modes import in_mode
+from veneer.ranks.flexora import Search, _twice, selected, weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
@@ -176,6 +177,6 @@ def test_too_few_batches_and_a_model_without_blocks_are_refused():
 def test_modes_come_back_as_they_were():
     model = llama()
     model.model.layers[1].train()
-    with _still(model):
+    with in_mode(model):
         assert not any(m.training for m in model.modules())
     assert model.model.layers[1].training and not model.model.layers[0].training

@@ -220,11 +220,11 @@ def test_a_signal_writes_a_checkpoint_and_exits_with_a_sentence(tmp_path, number
             if values["step"] == 6:
                 os.kill(os.getpid(), number)
 
-    watch = Signal()
+    watch, before = Signal(), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="checkpoint-6: resume goes on from there") as stopped:
         run(tmp_path / "run", watch=watch)
     assert stopped.value.code == status
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert equal(run(tmp_path / "run", resume=True)[1], run(tmp_path / "whole")[1])
 
 

@@ -15,6 +15,7 @@ from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import chance
 from veneer.numerics.gaussian import Gaussian, divergence, surprise
+from veneer.parts.modes import in_mode
 from veneer.parts.state import State, clone
 
 if TYPE_CHECKING:
@@ -174,17 +175,14 @@ class ABMLL(Objective):
     @contextmanager
     def _still(self, draw: tuple | None) -> Iterator[None]:
         """Eval mode, with the weights drawn for these words and numbers; None: at their mean."""
-        modes = [(m, m.training) for m in self.adapter.model.modules()]
-        self.adapter.model.eval()
         for d in self.adapter.members():
             d.sampled = draw
         try:
-            yield
+            with in_mode(self.adapter.model):
+                yield
         finally:
             for d in self.adapter.members():
                 d.sampled = None
-            for m, mode in modes:
-                m.training = mode
 
 
 class Episodes:

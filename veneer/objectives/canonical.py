@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +18,7 @@ from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import chance
 from veneer.numerics.drift import drift, last_within
+from veneer.parts.modes import in_mode
 from veneer.parts.state import clone, load_state
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class Canonical(Objective):
     def general_loss(self) -> float:
         """Mean loss a token of the general batches, in nats, as the model is now."""
         total = count = 0.0
-        with still(self.adapter.model) as model:
+        model = self.adapter.model
+        with in_mode(model), torch.no_grad():
             for batch in map(self._near, self._general):
                 sums, tokens = surprise(model, batch, batch.get("attention_mask", torch.ones_like(batch["input_ids"])))
                 total, count = total + float(sums.sum()), count + float(tokens.sum())
@@ -220,7 +221,7 @@ class Behaviour:
     @torch.no_grad()
     def scores(self, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
         """The score of every example, (n,) in nats: a failure where it exceeds ``threshold``."""
-        with still(model):
+        with in_mode(model):
             return torch.cat([self._compared(b, surprise(model, b, b["suffix"])[0]) for b in batches])
 
     def failure(self, model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -284,16 +285,3 @@ def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     for k, row in enumerate(rows):
         ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode without gradients, then back in the mode of every module."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -13,6 +13,7 @@ from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.fisher import BlockFisherInverse, FisherInverse, obs_prune
+from veneer.parts.modes import in_mode
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -166,15 +167,14 @@ def prune(
         raise UserError(f"a sparsity is at least 0 and below 1, not {sparsity:g}")
     if not params or not batches:
         raise UserError("pruning needs tensors, and batches to take their gradients on; one of them is empty")
-    sizes, modes, wanted = [p.numel() for p in params], [(m, m.training) for m in model.modules()], []
+    sizes, wanted = [p.numel() for p in params], [p.requires_grad for p in params]
     kept = torch.ones(sum(sizes), dtype=torch.bool, device=params[0].device)
     try:
-        model.eval()
         for p in params:
-            wanted.append(p.requires_grad)
             p.requires_grad_(True)
         for k in range(1, rounds + 1):
-            rows = [_flat(torch.autograd.grad(loss(model, b), params, allow_unused=True), params) for b in batches]
+            with in_mode(model):
+                rows = [_flat(torch.autograd.grad(loss(model, b), params, allow_unused=True), params) for b in batches]
             inverse = BlockFisherInverse(torch.stack(rows) * kept, damping, block)
             dropped = len(kept) - round(len(kept) * (1 - sparsity) ** (k / rounds))
             w = torch.cat([p.detach().flatten().double() for p in params])
@@ -183,8 +183,6 @@ def prune(
                 for p, piece in zip(params, w.split(sizes)):
                     p.copy_(piece.view_as(p))
     finally:
-        for m, mode in modes:
-            m.training = mode
         for p, had in zip(params, wanted):
             p.requires_grad_(had)
     return [piece.view_as(p) for p, piece in zip(params, kept.split(sizes))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.numerics import chance
 from veneer.numerics.lanczos import lanczos, ritz
+from veneer.parts.modes import in_mode
 
 Loss = Callable[[], Tensor]
 REACH = 1e-2  # of a gradient difference, in lengths of the parameters' root mean square entry
@@ -88,16 +89,10 @@ def curvature_probe(
     afterwards. ``exact`` takes `hessian_product`, else gradient differences. One product costs two backward passes.
     """
     params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-    modes = [(m, m.training) for m in model.modules()]
     start = torch.randn(sum(p.numel() for p in params), generator=chance.generator(seed, "lanczos"))
-    try:
-        model.eval()
-        with torch.random.fork_rng(), torch.enable_grad():
-            product = (hessian_product if exact else difference_product)(loss, params)
-            theta, weights = ritz(*lanczos(product, start.to(params[0]), steps))
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    with in_mode(model), torch.random.fork_rng(), torch.enable_grad():
+        product = (hessian_product if exact else difference_product)(loss, params)
+        theta, weights = ritz(*lanczos(product, start.to(params[0]), steps))
     return Curvature(theta.tolist(), weights.tolist())
 
 

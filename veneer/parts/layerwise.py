@@ -25,6 +25,7 @@ from veneer.core.site import Site, inner_sites
 from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.parts.evidence import call, counted
+from veneer.parts.modes import in_mode
 from veneer.parts.trunk import hidden, standing_in
 
 
@@ -361,12 +362,10 @@ def _apart(model: nn.Module, sites: list[Site]) -> list[list[Site]]:
 def as_it_is(model: nn.Module) -> Iterator[None]:
     """In eval mode, with every tensor frozen."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval().requires_grad_(False)
-        yield
+        with in_mode(model):
+            model.requires_grad_(False)
+            yield
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-        for m, mode in modes:
-            m.training = mode

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.context import KEY
+from veneer.core.site import Site, module_site
 from veneer.errors import UserError
 from veneer.models import architecture
 
@@ -196,3 +197,15 @@ def unchecked(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for b in on:
             b.gradient_checkpointing = True
+
+
+def place(model: nn.Module, name: str) -> Site:
+    """The trunk as the one site of the side network ``name``, whatever is selected."""
+    inner, config = architecture.trunk(model), architecture.text_config(model)
+    path = next(n for n, m in model.named_modules() if m is inner)
+    if not path or config is None or getattr(config, "is_encoder_decoder", False) or not architecture.blocks(inner):
+        raise UserError(
+            f"{name} runs beside a transformers trunk with blocks under one head; {type(model).__name__} is "
+            "another kind of model (encoder–decoders are not supported)"
+        )
+    return module_site(model, path)

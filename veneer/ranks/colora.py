@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from veneer.fields import At
 from veneer.models import architecture
 from veneer.parts.attach import attach
 from veneer.parts.attribution import Loss, base_weights, contributions, fine_tuned, loss_at, own_loss
+from veneer.parts.modes import in_mode
 
 HALVINGS = 60  # of the interval for α
 
@@ -115,7 +114,7 @@ class CoLoRA(Ranks):
         if odd is not None:
             raise UserError(f"colora tunes dense weights to see which matter, and {odd.path} holds none")
         loss = squares if self.error == "squares" else own_loss
-        with _still(model):
+        with in_mode(model):
             old = {n: p.float() for n, p in base_weights(model).items()}
             if self.target == "full":
                 new = fine_tuned(model, batches, self.steps, self.lr, loss)
@@ -175,15 +174,3 @@ def _view(site: Site, weight: Tensor) -> Tensor:
     """The rows of a site in a tensor that lies as the layer's weight does, as (out, in)."""
     dense = weight.T if site.transposed else weight.flatten(1)
     return dense if site.rows is None else dense[site.rows]
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's own again."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ from veneer.errors import UserError
 from veneer.fields import At
 from veneer.parts.attach import attach
 from veneer.parts.attribution import loss_at
+from veneer.parts.modes import in_mode
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -122,7 +121,7 @@ class Flexora(Ranks):
             model, "lora", rank=self.rank, alpha=self.alpha, sites=paths, name="flexora-search", seed=self.seed
         )
         try:
-            with _still(model):
+            with in_mode(model):
                 search = Search(adapter, self.gate_power)
                 found = self._search(search, batches[:-held], batches[-held:])
             self.h = dict(zip(search.blocks, found.tolist()))
@@ -187,15 +186,3 @@ def _twice(
     """The low-rank product from pieces that can be differentiated twice; nothing is dropped in a search."""
     y = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
     return y if weight is None else y + F.linear(x, weight() if callable(weight) else weight, bias)
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's own again."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

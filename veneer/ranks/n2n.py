@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from veneer.fields import At
 from veneer.numerics.chance import derived_seed, generator
 from veneer.parts.attach import attach
 from veneer.parts.attribution import loss_at, own_loss
+from veneer.parts.modes import in_mode
 
 Config = tuple[int, ...]  # a rank for every site, 0 for none
 FADING = 15  # epochs over which the reward of a trial that breaks a constraint fades out
@@ -163,17 +163,6 @@ def _score(outputs: Any, batch: Any) -> Tensor:
     return (-own_loss(outputs, batch).float()).exp()
 
 
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @method("n2n", axis="ranks", paper="arXiv:1709.06030", system=148)
 class N2N(Ranks):
     """Learn by trial which sites get an adapter and of which rank, before training (Ashok et al. 2018, on adapters).
@@ -218,7 +207,7 @@ class N2N(Ranks):
             raise UserError(f"n2n: ranks={self.ranks} must hold two different ones, none below 0")
         held = max(1, len(batches) // 4)
         self.sites = [s.path for s in sites if s.kind != "module"]
-        with _eval(model):
+        with in_mode(model):
             adapter = attach(model, "lora", rank=max(self.ranks), sites=self.sites, name="n2n-trial", seed=self.seed)
             try:
                 self.trials = Trials(adapter, batches[:-held], batches[-held:], self.steps, self.lr)

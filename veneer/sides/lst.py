@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.core.delta import Delta, Slot
 from veneer.core.hook import Init
 from veneer.core.registry import method
-from veneer.core.site import Site, all_sites, module_site
+from veneer.core.site import Site, all_sites
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.models import architecture
@@ -85,15 +85,7 @@ class LST(Delta):
     @classmethod
     def places(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any]) -> list[Site]:
         """The trunk, whatever is selected."""
-        inner = architecture.trunk(model)
-        path = next(n for n, m in model.named_modules() if m is inner)
-        config = architecture.text_config(model)
-        if not path or config is None or getattr(config, "is_encoder_decoder", False) or not architecture.blocks(inner):
-            raise UserError(
-                f"lst runs beside a transformers trunk with blocks under one head; {type(model).__name__} is "
-                "another kind of model (encoder–decoders are not supported)"
-            )
-        return [module_site(model, path)]
+        return [trunk.place(model, "lst")]
 
     # -- building
 

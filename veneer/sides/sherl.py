@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.core.delta import Delta, Slot
 from veneer.core.registry import method
-from veneer.core.site import Site, module_site
+from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.models import architecture
@@ -93,20 +93,13 @@ class SHERL(Delta):
     @classmethod
     def places(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any]) -> list[Site]:
         """The trunk, whatever is selected."""
-        inner = architecture.trunk(model)
-        path = next(n for n, m in model.named_modules() if m is inner)
-        config = architecture.text_config(model)
-        if not path or config is None or getattr(config, "is_encoder_decoder", False) or not architecture.blocks(inner):
-            raise UserError(
-                f"sherl runs beside a transformers trunk with blocks under one head; {type(model).__name__} is "
-                "another kind of model (encoder–decoders are not supported)"
-            )
-        late, count = int(fields.get("late", cls.late)), len(architecture.blocks(inner))
+        site = trunk.place(model, "sherl")
+        late, count = int(fields.get("late", cls.late)), len(architecture.blocks(site.module))
         if late >= count:
             raise UserError(
                 f"sherl: late={late} leaves none of the {count} blocks to gather from; give {count - 1} at most"
             )
-        return [module_site(model, path)]
+        return [site]
 
     @property
     def sizes(self) -> tuple[int, int, int]:

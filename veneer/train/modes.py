@@ -14,6 +14,7 @@ from torch import nn
 
 from veneer.core.adapter import Adapter
 from veneer.errors import UserError
+from veneer.parts.modes import in_mode
 from veneer.train import checkpoint
 
 
@@ -62,14 +63,9 @@ def held_heap() -> Iterator[None]:
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Train mode, then back in the mode of every module."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.train()
-    keep_statistics(model)
-    try:
+    with in_mode(model, training=True):
+        keep_statistics(model)
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -115,11 +111,5 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode without gradients, then back in the mode of every module."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_mode(model), torch.no_grad():
+        yield
