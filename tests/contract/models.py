@@ -71,9 +71,8 @@ def _tokens(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
 def llama(**config: Any) -> tf.PreTrainedModel:
     """Two blocks, four heads on two key-value heads."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return tf.LlamaForCausalLM(
-        tf.LlamaConfig(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, **(sizes | config))
-    )
+    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**(sizes | config)))
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32) -> Case:

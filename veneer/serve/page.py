@@ -7,7 +7,7 @@ PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <meta name="theme-color" content="#f6f5f2" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="#141416" media="(prefers-color-scheme: dark)">
-<title>Veneer</title>
+<title>Veneer</title><link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark; --ground: #f6f5f2; --paper: #fff; --line: #dcd9d2; --ink: #1d1b18; --faint: #66625a;
           --mark: #8a4b1f; --on-mark: #fff; --tint: #f3e7dc; --fault: #b3261e; }
