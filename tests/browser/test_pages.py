@@ -59,7 +59,7 @@ def served(tmp_path_factory):
     """The address of a server with two adapters on a tiny model."""
     uvicorn = pytest.importorskip("uvicorn", reason="serving is not installed: pip install 'veneer[serve]'")
     import torch
-    from models import llama
+    import transformers
 
     import veneer
     from veneer.serve.app import Settings, build
@@ -68,7 +68,9 @@ def served(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
-    base = llama(vocab_size=89, max_position_embeddings=256).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": None}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=89, **sizes)).eval()
     for name in ("colours", "a-name-that-is-rather-long-for-a-phone"):
         adapter = veneer.attach(base, "lora", rank=2)
         adapter.save(root / name)
