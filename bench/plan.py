@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import Report, figure, fresh, main, parser, say
+from bench.harness import Figure, Report, figure, fresh, main, parser, say
+from bench.pieces import can_add, earlier
 
 if TYPE_CHECKING:
     from veneer.analysis.plan import Job
@@ -49,22 +50,26 @@ def job(name: str, quick: bool) -> Job:
 
 def measure(options: argparse.Namespace) -> Report:
     """Forecast and run of every case, and how far apart they are."""
-    quick = ["--quick"] if options.quick else []
-    cases = options.cases or list(CASES)
+    quick, cases = ["--quick"] if options.quick else [], options.only or list(CASES)
+    settings = {"model": MODEL, "dtype": "bfloat16", "steps": STEPS, "jobs": CASES, "quick": options.quick}
+    samples = earlier("plan", settings) if options.add else {}
     say("forecasts …")
     expected = fresh("bench.plan", *quick, "--forecast", *cases)
-    figures, samples = [], {}
     for name in cases:
         say(f"{name} …")
-        found = fresh("bench.plan", *quick, "--run", name)
-        wanted = expected[name]
-        samples[name] = {"forecast": wanted, "run": found}
-        for what, unit, size, most in (("memory", "MiB", 2**20, MEMORY), ("step", "s", 1.0, TIME)):
-            said, seen = wanted[what] / size, found[what] / size
-            note = f"foretold {said:.4g}, measured {seen:.4g} {unit}, ratio {said / seen:.3f}"
-            figures.append(figure(f"{name}: {what} off by", abs(said / seen - 1), at_most=most, note=note))
-    settings = {"model": MODEL, "dtype": "bfloat16", "steps": STEPS, "jobs": {n: CASES[n] for n in cases}}
-    return Report(figures, samples, settings)
+        samples[name] = {"forecast": expected[name], "run": fresh("bench.plan", *quick, "--run", name)}
+    samples = {name: samples[name] for name in CASES if name in samples}
+    return Report([f for name, sample in samples.items() for f in figures(name, sample)], samples, settings)
+
+
+def figures(name: str, sample: dict[str, Any]) -> list[Figure]:
+    """How far memory and time of a case are off, as fractions of what was measured."""
+    found = []
+    for what, unit, size, most in (("memory", "MiB", 2**20, MEMORY), ("step", "s", 1.0, TIME)):
+        said, seen = sample["forecast"][what] / size, sample["run"][what] / size
+        note = f"foretold {said:.4g}, measured {seen:.4g} {unit}, ratio {said / seen:.3f}"
+        found.append(figure(f"{name}: {what} off by", abs(said / seen - 1), at_most=most, note=note))
+    return found
 
 
 def forecasts(names: list[str], quick: bool) -> dict[str, Any]:
@@ -93,7 +98,8 @@ def run(name: str, quick: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     made = parser(__doc__)
-    made.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help="these alone; all when not given")
+    made.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help="some of the cases")
+    can_add(made)
     made.add_argument("--forecast", nargs="+", help=argparse.SUPPRESS)
     made.add_argument("--run", help=argparse.SUPPRESS)
     made.add_argument("--out", type=Path, help=argparse.SUPPRESS)

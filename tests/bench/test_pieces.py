@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import forms, harness, pieces, starts
+from bench import forms, harness, pieces, plan, starts
 
 RUN = {"seconds": 3.0, "memory": 2**20}
 
@@ -31,3 +31,10 @@ def test_a_start_is_timed_against_the_plain_one_of_its_round(monkeypatch):
     found = {f.what: f for f in starts.measure(options).figures}
     assert found["PiSSA, Veneer"].value == pytest.approx(0.65) and found["PiSSA, Veneer"].met
     assert found["PiSSA, Veneer, memory"].value == 1.0
+
+
+def test_a_forecast_is_off_by_its_distance_from_the_run_either_way():
+    sample = {"forecast": {"memory": 9 * 2**20, "step": 1.5}, "run": {"memory": 10 * 2**20, "step": 1.0}}
+    memory, step = plan.figures("lora", sample)
+    assert memory.value == pytest.approx(0.1) and memory.met
+    assert step.value == pytest.approx(0.5) and step.met is False
