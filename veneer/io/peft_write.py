@@ -15,7 +15,7 @@ from veneer.core.delta import Delta, Written
 from veneer.core.registry import PeftMap
 from veneer.core.site import Site, site_at, type_named
 from veneer.errors import UserError
-from veneer.io import peft_own, peft_prompt, peft_whole
+from veneer.io import peft_mixture, peft_own, peft_prompt, peft_whole
 from veneer.io.files import staged, write_json, write_tensors
 from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, own_map
 from veneer.io.peft_kinds import KINDS, PROMPTS
@@ -37,10 +37,13 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
         UserError: what PEFT cannot express, with the nearest offer.
     """
     directory = Path(directory)
-    config, tensors = _content(adapter)
+    mixed = peft_mixture.is_mixture(adapter)
+    files = peft_mixture.content(adapter, directory, lora) if mixed else {"": _content(adapter)}
     with staged(directory, last=(CONFIG,)) as scratch:
-        write_tensors(scratch / TENSORS, tensors)
-        write_json(scratch / CONFIG, dict(sorted(config.items())))
+        for folder, (config, tensors) in files.items():
+            (scratch / folder).mkdir(exist_ok=True)
+            write_tensors(scratch / folder / TENSORS, tensors)
+            write_json(scratch / folder / CONFIG, dict(sorted(config.items())))
     return directory
 
 

@@ -50,7 +50,7 @@ class Classifier(Router):
     def chosen(self, S: Tensor) -> Tensor:
         """S with all but the ``top_k`` largest weights of a token at 0; with ``softmax_top_k`` renewed over those."""
         if self.top_k is None or self.top_k >= S.shape[-1]:
-            return S
+            return S.softmax(-1) if self.softmax_top_k else S
         kept = torch.zeros_like(S, dtype=torch.bool).scatter(-1, S.topk(self.top_k, dim=-1).indices, True)
         if self.softmax_top_k:
             return S.masked_fill(~kept, float("-inf")).softmax(-1)
