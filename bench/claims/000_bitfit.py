@@ -14,7 +14,7 @@ CLAIM = Claim(
         "lora of rank 1": With("lora(rank=1, alpha=2)"),
         "lora": With("lora(rank=4, alpha=8)"),
     },
-    rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     seeds=5,
     rule=above("bitfit", "lora", by=-0.02),
     note="The paper's tasks are near to the base's; a turned image is not, and no shift of features turns it back.",

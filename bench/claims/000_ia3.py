@@ -14,7 +14,7 @@ CLAIM = Claim(
         "lora of rank 1": With("lora(rank=1, alpha=2)"),
         "lora": With("lora(rank=4, alpha=8)"),
     },
-    rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     seeds=5,
     rule=above("ia3", "lora"),
     note="The paper's comparison is with a few examples of language tasks and further losses.",

@@ -14,7 +14,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=4, alpha=8)"),
         "lora of rank 1": With("lora(rank=1, alpha=2)"),
     },
-    rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     seeds=5,
     rule=above("vera", "lora", by=-0.02),
 )

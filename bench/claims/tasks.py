@@ -208,6 +208,7 @@ class ViT(Classifier):
         d = widths[1]
         shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_hidden_layers": 3, "num_attention_heads": 4}
         self.trunk = ViTModel(ViTConfig(hidden_size=d, intermediate_size=2 * d, **shape), add_pooling_layer=False)
+        self.num_heads = shape["num_attention_heads"]  # for methods that go by heads: a bare net has no config to ask
         self.head = nn.Linear(d, widths[-1])
 
     def logits(self, x: Tensor) -> Tensor:
