@@ -11,11 +11,10 @@ CLAIM = Claim(
     task=Letters(layers=4, width=32, steps=120),
     contestants={
         "lisa": "lisa(blocks=1, period=5)",
-        "two blocks": "lisa(blocks=2, period=5)",
         "lora": "lora(rank=4)",
         "full": "full(norms=True)",
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=3,
     rule=below("lisa", "lora"),
     note="One block of four trains at a time, and embedding, head and last norm always.",
