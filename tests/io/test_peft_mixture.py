@@ -133,7 +133,7 @@ def test_the_experts_of_a_mixture_are_plain_adapters(tmp_path):
 
 def test_rows_of_a_fused_projection_that_are_weighed_apart_are_refused(tmp_path):
     _, adapter = mixed("phi3", "x-lora(adapters=['a', 'b'])")
-    with pytest.raises(UserError, match="weighs all rows of .*qkv_proj alike"):
+    with pytest.raises(UserError, match=r"weighs all rows of .*qkv_proj alike"):
         adapter.export(tmp_path / "out")
 
 

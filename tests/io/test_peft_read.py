@@ -1,15 +1,11 @@
 """Adapters made by PEFT give PEFT's own outputs here. Oracle: the peft package, fp32, 1e-5."""
 
-import json
-
 import pytest
 import torch
 from by_peft import run
 from models import make
 
 import veneer
-from veneer.bases.nf4 import quantise_layer
-from veneer.core.site import site_at
 from veneer.errors import UserError
 
 Q, LINEAR = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -124,24 +120,6 @@ def test_a_start_from_data_reads_where_it_was_saved_and_is_refused_without(start
         veneer.load(here.model, directory)
     read(here.model, directory, initial=directory.parent / "initial")
     torch.testing.assert_close(run(here.model, here.batch), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_loftq_reads_on_a_quantised_base_alone(peft_directory):
-    """PEFT's own start needs CUDA, so the directory here is a plain one that bears its name."""
-    directory, _, _ = peft_directory("llama", r=4, target_modules=Q)
-    file = directory / "adapter_config.json"
-    plain = file.read_text()
-    here, dense = make("llama"), make("llama")
-    file.write_text(json.dumps(json.loads(plain) | {"init_lora_weights": "loftq"}))
-    with pytest.raises(UserError, match=r"loftq.*quantised"):
-        veneer.load(here.model, directory)
-    for path in (f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in Q):
-        quantise_layer(here.model.get_submodule(path), 64, False, False)
-        dense.model.get_submodule(path).weight.data.copy_(site_at(here.model, path).weight())
-    veneer.load(here.model, directory)
-    file.write_text(plain)
-    veneer.load(dense.model, directory)
-    torch.testing.assert_close(run(here.model, here.batch), run(dense.model, dense.batch), rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_that_was_read_trains_on(peft_directory):

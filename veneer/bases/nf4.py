@@ -28,10 +28,10 @@ class NF4(Storage):
     its block: Ŵ = level[code]·m. With ``double_quant`` m less its mean is kept in the dynamic 8-bit type, in blocks of
     256 with an fp32 scale each. Storage is 4.127 bits a weight (4.5 without ``double_quant``) instead of bf16's 16.
 
-    Every linear layer but the output head is converted; embeddings, norms and biases stay. A converted layer is an
-    `NF4Linear`, which dequantises Ŵ in forward and again in backward, keeps neither, and forms no gradient of W.
-    Defaults are the paper's. Levels, codes, packing and rounding equal bitsandbytes'. There is no compute type to set:
-    products run in the precision of the layer's input.
+    Every linear layer but the output head is converted, or those ``only`` names; embeddings, norms and biases stay. A
+    converted layer is an `NF4Linear`, which dequantises Ŵ in forward and again in backward, keeps neither, and forms no
+    gradient of W. Defaults are the paper's. Levels, codes, packing and rounding equal bitsandbytes'. Products run in the
+    precision of the layer's input.
     """
 
     layers: ClassVar[tuple[str, ...]] = ("linear",)
@@ -40,10 +40,13 @@ class NF4(Storage):
         Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], At(doc="weights that share a scale", unit="weights")
     ] = 64
     double_quant: Annotated[bool, At(doc="keep the scales in 8 bits")] = True
+    only: Annotated[tuple[str, ...], At(doc="paths of the layers to convert, or their ends after a dot")] = ()
 
     def places(self, sites: list[Site]) -> list[Site]:
         """The sites whose layers run as a plain linear layer or transformers' Conv1D does."""
         chosen = [s for s in sites if s.kind == "linear" and (s.transposed or _is_plain(s.module))]
+        if self.only:
+            chosen = [s for s in chosen if any(_ends(s.module_path, n) for n in self.only)]
         busy = next((s for s in chosen if isinstance(s.module, Adapted)), None)
         if busy is not None:
             raise UserError(f"nf4 converts the base, but {busy.path} has an adapter already: detach it first")
@@ -167,6 +170,10 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does, from a dense weight of its own."""
     own = type(module)._veneer_base if isinstance(module, Adapted) else type(module)
     return own.forward is nn.Linear.forward and module._parameters.get("weight") is not None
+
+
+def _ends(path: str, name: str) -> bool:
+    return f".{path}".endswith(f".{name}")
 
 
 register_storage(NF4Linear, lambda layer: layer.weight)

@@ -17,7 +17,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.site import Site, all_sites, site_at
 from veneer.errors import UserError, nearest
 from veneer.fields import fields_of
-from veneer.io import peft_mixture, peft_prompt, peft_whole
+from veneer.io import peft_loftq, peft_mixture, peft_prompt, peft_whole
 from veneer.io.files import read_json, read_tensors, same, typed
 from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
 from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, KINDS, PROMPTS, TRANSLATED, WHOLE, lie
@@ -79,6 +79,7 @@ def read(
     for path, site in whole.items():
         state |= _site_state(config, content.sites[path], site, parts[path], begun.get(path), tensors)
     description = _description(config, content, parts, trained, model)
+    description["recipe"] += peft_loftq.recipe(config, whole, parts, model)
     adapter = attach_from(model, description, state, name=name, force=True)
     _check_derived(adapter, content, tensors)
     return adapter

@@ -119,8 +119,8 @@ def _home(directory: Path, name: str, at: Any) -> Path:
         if (place / CONFIG).is_file():
             return place
     raise UserError(
-        f"{directory / CONFIG}: the expert {name!r} is neither at {at} nor at {directory / name}; put its own directory "
-        "at one of them"
+        f"{directory / CONFIG}: the expert {name!r} is neither at {at} nor at {directory / name}; put its own "
+        "directory at one of them"
     )
 
 

@@ -3,7 +3,7 @@
 A directory started by PiSSA or OLoRA holds the trained factors and the name of the start; the base that they were
 trained on is W − s·B₀A₀, with the start (A₀, B₀) a function of W. CorDA and LoRA-GA start from data, so that their
 start must be given: the directory that was saved before training. LoftQ trains beside a quantised base, which differs
-from W by more than its start: it reads on a base that is quantised.
+from W by more than its start, see ``peft_loftq``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from veneer.core.site import Site, stored
+from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.io.files import read_tensors
 from veneer.io.peft_config import CONFIG, LOST_STARTS, PLAIN_STARTS, TENSORS, Config, read_config
+from veneer.io.peft_loftq import NAME as LOFTQ
 from veneer.io.peft_tensors import check_layer, sort, to_dense
 
 Start = tuple[Tensor, Tensor]
@@ -29,13 +30,8 @@ def starts(config: Config, sites: dict[str, Site], model: nn.Module, initial: Pa
     ``initial`` is the directory of the adapter before training, which stands above what can be derived.
     Raises UserError when the start is lost.
     """
-    if config.start == "loftq":
-        if all(stored(site.module) is not None for site in sites.values()):
-            return {}
-        raise UserError(
-            f"{config.path}: the adapter was started by loftq, which runs beside the base that PEFT quantised; load it "
-            "on a base in 4 bits, or, if this model holds PEFT's quantised weights, set init_lora_weights to true there"
-        )
+    if config.start == LOFTQ:
+        return {}
     if initial is not None:
         return _given(config, sites, model, initial)
     if config.raw.get("kasa_config") is not None:

@@ -15,7 +15,7 @@ from veneer.core.delta import Delta, Written
 from veneer.core.registry import PeftMap
 from veneer.core.site import Site, site_at, type_named
 from veneer.errors import UserError
-from veneer.io import peft_mixture, peft_own, peft_prompt, peft_whole
+from veneer.io import peft_loftq, peft_mixture, peft_own, peft_prompt, peft_whole
 from veneer.io.files import staged, write_json, write_tensors
 from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, own_map
 from veneer.io.peft_kinds import KINDS, PROMPTS
@@ -111,7 +111,8 @@ def _plain(adapter: Adapter, mapped: PeftMap | None) -> tuple[dict[str, Any], di
         factors, mapped = plain_factors(adapter, "a PEFT adapter"), PLAIN
     else:
         factors = native_factors(adapter, mapped.keys, "a PEFT adapter")
-    return lora(adapter, factors, mapped)
+    config, tensors = lora(adapter, factors, mapped)
+    return config | peft_loftq.fields(adapter), tensors
 
 
 def lora(
