@@ -30,8 +30,8 @@ class NF4(Storage):
 
     Every linear layer but the output head is converted, or those ``only`` names; embeddings, norms and biases stay. A
     converted layer is an `NF4Linear`, which dequantises Ŵ in forward and again in backward, keeps neither, and forms no
-    gradient of W. Defaults are the paper's. Levels, codes, packing and rounding equal bitsandbytes'. Products run in the
-    precision of the layer's input.
+    gradient of W. Defaults are the paper's. Levels, codes, packing and rounding equal bitsandbytes'. Products run in
+    the precision of the layer's input.
     """
 
     layers: ClassVar[tuple[str, ...]] = ("linear",)
