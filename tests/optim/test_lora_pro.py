@@ -8,7 +8,7 @@ from small_runs import encoded, llama
 from torch import nn
 
 import veneer
-from veneer.optim.lora_pro import adjusted, equivalent
+from veneer.optim.lora_pro import adjusted
 
 SPLITS = ("sylvester", "symmetry", "zero")
 
@@ -17,6 +17,12 @@ def pair(out=6, inn=5, r=2, dtype=torch.double):
     """A, B, the full gradient g and the factors' gradients for s = 2."""
     A, B, g = torch.randn(r, inn, dtype=dtype), torch.randn(out, r, dtype=dtype), torch.randn(out, inn, dtype=dtype)
     return A, B, g, 2 * B.mT @ g, 2 * g @ A.mT
+
+
+def equivalent(A, B, h_A, h_B, scale):
+    """What a step along (h_A, h_B) is to W, to first order."""
+    parts = [left @ right for left, right in ((B, h_A), (h_B, A)) if left is not None and right is not None]
+    return scale * sum(parts)
 
 
 def projections(A, B):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,59 +13,84 @@ from veneer.core.hook import Optim
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
-from veneer.numerics.solve import gram_inverse, sylvester_symmetric
+from veneer.numerics.products import product
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
+    from veneer.core.site import Site
 
 Split = Literal["sylvester", "symmetry", "zero"]
+RIDGE = 1e-8
+TILE = 2**19  # entries of W that go through the moments together, so that they stay in the cache
 
 
 class Solves:
-    """What the adjustments of pairs of one shape share: A (…, r, in) and B (…, out, r) in fp64, and Gram inverses.
+    """What the adjustments of pairs of one shape share, A (…, r, in) and B (…, out, r): bases of what they span.
 
-    An inverse is ridged by 1e-8 of the mean eigenvalue, and that of 0 is 0, so that while B = 0 only B moves.
+    With BᵀB = U·diag(b)·Uᵀ and AAᵀ = V·diag(a)·Vᵀ the bases are Q_B = B·U·b^-½ (…, out, r) and Q_A = a^-½·VᵀA
+    (…, r, in). Everything large is a product with an orthonormal side, which fp32 is enough for; Gram matrices, their
+    decompositions and the bases are computed in fp64. Eigenvalues are ridged by 1e-8 of their mean before they divide,
+    and 1/0 is 0, so that while B = 0 only B moves.
     """
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
-        self.dtype, self.scale = A.dtype, scale
-        self.a, self.b = A.double(), B.double()
-        self.gram_a, self.gram_b = self.a @ self.a.mT, self.b.mT @ self.b
-        self.inverse_a, self.inverse_b = gram_inverse(self.gram_a), gram_inverse(self.gram_b)
+        self.scale = scale
+        wide_a, wide_b = A.double(), B.double()
+        self.values_a, turn_a = _unit(wide_a @ wide_a.mT)
+        self.values_b, turn_b = _unit(wide_b.mT @ wide_b)
+        self.rows, self.columns = (turn_a.mT @ wide_a).to(A.dtype), (wide_b @ turn_b).to(B.dtype)
+        self.turn_a, self.turn_b = turn_a.to(A.dtype), turn_b.to(B.dtype)
 
-    def adjusted(
-        self, grad_A: Tensor | None, grad_B: Tensor | None, split: Split
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(h_A, h_B), shaped as A and B: their equivalent gradient is nearest to ∂L/∂W; of a frozen factor None."""
-        g_A, g_B = (None if g is None else g.double() / self.scale**2 for g in (grad_A, grad_B))
-        h_A = None if g_A is None else self.inverse_b @ g_A
-        h_B = None if g_B is None else g_B @ self.inverse_a
-        if h_A is not None and h_B is not None:
-            shared = self.inverse_b @ (self.b.mT @ g_B) @ self.inverse_a
-            X = 0
-            if split == "symmetry":
-                X = -shared / 2
-            elif split == "sylvester":
-                X = sylvester_symmetric(self.gram_b, self.gram_a, -h_A @ self.a.mT)
-            h_B = h_B - self.b @ (shared + X)
-            h_A = h_A if split == "zero" else h_A + X @ self.a
-        return tuple(None if h is None else h.to(self.dtype) for h in (h_A, h_B))
+    def seen(self, grad_A: Tensor | None, grad_B: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(Q_Bᵀg, g·Q_Aᵀ), (…, r, in) and (…, out, r), from the factors' own gradients; of a frozen factor None."""
+        turn_a, turn_b = self.turn_a / self.scale, self.turn_b / self.scale
+        return None if grad_A is None else turn_b.mT @ grad_A, None if grad_B is None else grad_B @ turn_a
+
+    def equivalent(self, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Two factors (…, out, k) and (…, k, in) of g̃ = P_B g + g P_A − P_B g P_A, from what `seen` gives."""
+        if low is None or high is None:
+            return (high, self.rows) if low is None else (self.columns, low)
+        rest = low - (self.columns.mT @ high) @ self.rows
+        return torch.cat((self.columns, high), -1), torch.cat((rest, self.rows), -2)
+
+    def moves(self, low: Tensor | None, high: Tensor | None, split: Split) -> tuple[Tensor | None, Tensor | None]:
+        """(h_A, h_B), shaped as A and B, from what `seen` gives; of a frozen factor None.
+
+        What both sides see, c = Q_Bᵀ g Q_Aᵀ, is shared out by ``split``: of c_ij A takes a_j/(b_i + a_j), or half, or
+        none, and B the rest.
+        """
+        if low is not None and high is not None:
+            both = self.columns.mT @ high
+            taken = both * self._share(split).to(both)
+            low = low - taken @ self.rows
+            high = high - self.columns @ (both - taken)
+        turn_a, turn_b = self.turn_a / self.scale, self.turn_b / self.scale
+        return None if low is None else turn_b @ low, None if high is None else high @ turn_a.mT
+
+    def _share(self, split: Split) -> Tensor:
+        if split != "sylvester":
+            return torch.tensor(0.5 if split == "symmetry" else 0.0)
+        a, b = self.values_a.unsqueeze(-2), self.values_b.unsqueeze(-1)
+        return a / (a + b).clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (…, r) ≥ 0 of a Gram matrix (…, r, r) in fp64, and its eigenvectors over their roots."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0)
+    ridged = values + RIDGE * values.mean(-1, keepdim=True)
+    return values, vectors * torch.where(ridged > 0, ridged.rsqrt(), 0.0).unsqueeze(-2)
 
 
 def adjusted(
     A: Tensor, B: Tensor, grad_A: Tensor | None, grad_B: Tensor | None, scale: float, split: Split = "sylvester"
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(h_A, h_B) of one pair A (r, in), B (out, r), or of a stack of pairs."""
-    return Solves(A, B, scale).adjusted(grad_A, grad_B, split)
+    """(h_A, h_B) of one pair A (r, in), B (out, r), or of a stack of pairs; of a frozen factor None.
 
-
-def equivalent(
-    A: Tensor, B: Tensor, h_A: Tensor | None, h_B: Tensor | None, scale: float, out: Tensor | None = None
-) -> Tensor:
-    """g̃ = s·(B h_A + h_B A) (out, in): what a step on the factors is to W, to first order; as one product."""
-    both = [(left, right) for left, right in ((B, h_A), (h_B, A)) if left is not None and right is not None]
-    lefts, rights = zip(*both)
-    return torch.mm(torch.cat(lefts, 1).mul_(scale), torch.cat(rights), out=out)
+    Their equivalent gradient s·(B h_A + h_B A) is nearest to ∂L/∂W.
+    """
+    solved = Solves(A, B, scale)
+    return solved.moves(*solved.seen(grad_A, grad_B), split)
 
 
 @method("lora-pro", axis="optim", paper="arXiv:2407.18242", system=26, wants=("pair",), defaults="lora")
@@ -118,8 +143,9 @@ class LoRAPro(Optim):
         """Efficient mode: put h in the gradients' place."""
         if self.mode == "full":
             return
-        for pairs, scale in alike(self.adapter.pairs()):
-            h_A, h_B = solves(pairs, scale).adjusted(*gradients(pairs), self.split)
+        for kind, pairs in alike(self.adapter.pairs()).items():
+            solved = solves(pairs, kind.scale)
+            h_A, h_B = solved.moves(*solved.seen(*gradients(pairs)), self.split)
             for n, (A, B) in enumerate(pairs):
                 A.grad, B.grad = (None if h is None else h[n] for h in (h_A, h_B))
 
@@ -127,16 +153,23 @@ class LoRAPro(Optim):
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
-def alike(pairs: Iterable[tuple[Any, nn.Parameter, nn.Parameter, float]]) -> Iterator[tuple[Pairs, float]]:
-    """The pairs with a gradient that can be solved together, and their scale: of the same shapes, scale and factors
-    that train."""
-    found: dict[tuple, Pairs] = {}
+class Kind(NamedTuple):
+    """What pairs that are solved together have in common."""
+
+    shapes: tuple[torch.Size, torch.Size]
+    scale: float
+    trains: tuple[bool, bool]
+    device: torch.device
+
+
+def alike(pairs: Iterable[tuple[Site, nn.Parameter, nn.Parameter, float]]) -> dict[Kind, Pairs]:
+    """The pairs with a gradient, those together that can be solved together."""
+    found: dict[Kind, Pairs] = {}
     for _, A, B, scale in pairs:
         trains = A.grad is not None, B.grad is not None
         if any(trains):
-            found.setdefault((A.shape, B.shape, A.device, scale, trains), []).append((A, B))
-    for (*_, scale, _), same in found.items():
-        yield same, scale
+            found.setdefault(Kind((A.shape, B.shape), scale, trains, A.device), []).append((A, B))
+    return found
 
 
 def solves(pairs: Pairs, scale: float) -> Solves:
@@ -170,8 +203,8 @@ class WeightSpaceAdam(torch.optim.AdamW):
             if p not in groups and p.grad is not None:
                 taken.append((p, p.grad))
                 p.grad = None  # another's to step
-        for pairs, scale in alike(self.method.adapter.pairs()):
-            self._step_pairs(pairs, scale, groups)
+        for kind, pairs in alike(self.method.adapter.pairs()).items():
+            self._step_pairs(kind, pairs, groups)
             taken += [(p, p.grad) for pair in pairs for p in pair if p.grad is not None]
         for p, _ in taken:
             p.grad = None
@@ -180,21 +213,16 @@ class WeightSpaceAdam(torch.optim.AdamW):
             p.grad = grad
         return loss
 
-    def _step_pairs(self, pairs: Pairs, scale: float, groups: dict[nn.Parameter, dict[str, Any]]) -> None:
-        solved, grads = solves(pairs, scale), gradients(pairs)
-        nearest = solved.adjusted(*grads, "zero")
-        again = [None if g is None else torch.empty_like(g) for g in grads]
-        out, inn = pairs[0][1].shape[0], pairs[0][0].shape[1]
-        room = pairs[0][0].new_empty(2, out, inn)
+    def _step_pairs(self, kind: Kind, pairs: Pairs, groups: dict[nn.Parameter, dict[str, Any]]) -> None:
+        solved, grads = solves(pairs, kind.scale), gradients(pairs)
+        lefts, rights = solved.equivalent(*solved.seen(*grads))
+        again = tuple(None if g is None else torch.zeros_like(g) for g in grads)
         for n, (A, B) in enumerate(pairs):
-            group, state = self._owned(A, B, out * inn, groups)
-            e = equivalent(A, B, *(None if h is None else h[n] for h in nearest), scale, room[0])
-            step = normalised(e, state, group, room[1])
-            for stack, value in zip(again, ((B.mT, step), (step, A.mT))):
-                if stack is not None:
-                    torch.mm(*value, out=stack[n]).mul_(scale)
-        for factors, moves in zip(zip(*pairs), solved.adjusted(*again, self.method.split)):
-            for p, h in zip(factors, moves if moves is not None else ()):
+            group, state = self._owned(A, B, lefts.shape[-2] * rights.shape[-1], groups)
+            bases = solved.rows[n], solved.columns[n]
+            tiled(lefts[n], rights[n], bases, state, group, *(None if g is None else g[n] for g in again))
+        for factors, moves in zip(zip(*pairs), solved.moves(*again, self.method.split)):
+            for p, h in zip(factors, () if moves is None else moves):
                 p.mul_(1 - groups[p]["lr"] * groups[p]["weight_decay"]).sub_(h, alpha=groups[p]["lr"])
 
     def _owned(self, A: nn.Parameter, B: nn.Parameter, size: int, groups: dict) -> tuple[dict[str, Any], dict]:
@@ -207,19 +235,46 @@ class WeightSpaceAdam(torch.optim.AdamW):
         return groups[owner], state
 
 
-def normalised(e: Tensor, state: dict[str, Tensor], group: dict[str, Any], out: Tensor) -> Tensor:
-    """Adam's normalised step n for the gradient e (out, in), written to ``out``.
+def tiled(
+    left: Tensor,
+    right: Tensor,
+    bases: tuple[Tensor, Tensor],
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    low: Tensor | None,
+    high: Tensor | None,
+) -> None:
+    """Adam's normalised step n for the gradient left @ right, as the bases see it: low += Q_Bᵀn, high = n·Q_Aᵀ.
+
+    Rows of W go through it a tile at a time, so that what is of W's size, but for the moments, stays in the cache.
+    """
+    out, inn = left.shape[0], right.shape[1]
+    height = -(-out // -(-out * inn // TILE))
+    moments, before = [state[k].view(out, inn) for k in ("exp_avg", "exp_avg_sq")], state["step"].clone()
+    for at in range(0, out, height):
+        tile = slice(at, at + height)
+        state["step"].copy_(before)
+        n = normalised(product(left[tile], right.mT), [m[tile] for m in moments], state["step"], group)
+        if low is not None:
+            low += product(bases[1][tile].mT, n.mT)
+        if high is not None:
+            high[tile] = product(n, bases[0])
+
+
+def normalised(e: Tensor, moments: list[Tensor], step: Tensor, group: dict[str, Any]) -> Tensor:
+    """Adam's normalised step n for the gradient e; ``step`` counts on.
 
     It is where torch's own step takes a 0 at rate −1; that goes through the moments once.
     """
     beta1, beta2 = group["betas"]
+    n = torch.zeros_like(e)
     adam(
-        [out.zero_().view(-1)],
-        [e.view(-1)],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
+        [n],
+        [e],
+        [moments[0]],
+        [moments[1]],
         [],
-        [state["step"]],
+        [step],
         fused=e.device.type in ("cpu", "cuda"),
         amsgrad=False,
         beta1=beta1,
@@ -229,4 +284,4 @@ def normalised(e: Tensor, state: dict[str, Tensor], group: dict[str, Any], out: 
         eps=group["eps"],
         maximize=False,
     )
-    return out
+    return n
