@@ -17,7 +17,7 @@ CLAIM = Claim(
         "lisa": "lisa(blocks=1, period=5)",
         "lora": "lora(rank=4)",
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     rule=below("owlore", "even"),
     note="M = 5: a net of this size has few weights thirteen times the mean.",
