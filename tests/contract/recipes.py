@@ -33,6 +33,7 @@ MODELS = {  # forms on whole modules, which not every architecture has
     "sherl": ("llama", "gpt2", "bert", "vit"),
     "man": ("llama", "gpt2", "bert", "vit"),
     "mosa": ("llama", "gpt2", "vit", "t5"),
+    "score-norm": ("llama", "gpt2", "bert", "vit", "t5"),  # queries, keys or values
     "mosa-consistency": ("llama", "vit"),
 }
 
