@@ -85,6 +85,18 @@ def test_an_adapter_at_its_start_moves_nothing_and_a_large_one_is_seen_where_it_
     assert second["delta_q"] == pytest.approx(float(moved.abs().max()) * 8**-0.25, rel=1e-4)
 
 
+def test_what_an_adapter_adds_to_padding_does_not_count():
+    case = make("llama")
+    adapter = veneer.attach(case.model, "lora", rank=2, sites="attention")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.fill_(0.5)
+    ids, mask = case.batch["input_ids"][1:], case.batch["attention_mask"][1:]
+    padded, short = norm_report(case.model, ids, adapter, mask), norm_report(case.model, ids[:, :5], adapter)
+    for one, other in zip(padded["layers"], short["layers"]):
+        assert [one[f"delta_{r}"] for r in "qkv"] == pytest.approx([other[f"delta_{r}"] for r in "qkv"], rel=1e-5)
+
+
 def test_one_key_that_all_rows_look_at_has_rank_one_and_no_entropy():
     case = make("llama")
     with torch.no_grad():

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, adapters
+from veneer.core.context import current
 from veneer.core.site import all_sites
 from veneer.errors import UserError
 from veneer.train.modes import evaluating
@@ -311,6 +312,9 @@ def _watched(model: nn.Module, adapter: Adapter | None, moved: dict[str, float])
             finally:
                 busy.clear()
             change = change if site.rows is None else change[..., site.rows]
+            ctx = current()
+            if ctx is not None and ctx.mask is not None and ctx.mask.shape == change.shape[:-1]:
+                change = change[ctx.mask.bool()]
             key = f"{_attention(model, site.module_path)} {site.role}"
             moved[key] = max(moved.get(key, 0.0), float(change.abs().max()))
 
