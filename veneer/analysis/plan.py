@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from veneer.train.modes import held_heap
 
 SMALL, LARGE = 256, 768  # tokens of the two probes, as nearly as whole rows allow; or images:
 IMAGES = (1, 3)
-STEPS = 3  # of a probe: the first one warms up
+STEPS = 4  # of a probe: the first one warms up, of the others the middle one counts
 STATE = 16  # bytes a trained number needs in AdamW: value, gradient, two moments, fp32
 ROOM = 0.95  # of the memory at hand that a run may take
 
@@ -58,13 +59,13 @@ class Forecast:
 
 
 class Probe(NamedTuple):
-    """What a short training showed: mean size of a step and its seconds, size of the largest and the peak in bytes, and
-    the seconds by which the first step was longer."""
+    """What a short training showed: mean size of a step and its seconds, size of the largest and the bytes by which
+    memory rose to its peak, and the seconds by which the first step was longer."""
 
     usual: float
     seconds: float
     largest: float
-    peak: int
+    rise: int
     first: float
 
 
@@ -73,8 +74,8 @@ class Planner:
 
     Two short trainings, of about 256 and 768 tokens a step (1 and 3 images), give step time and peak memory, both
     affine in the tokens; what the first step takes besides (a decomposition, say) counts to the start. A run has a
-    process of its own, and this one holds what earlier forecasts left behind (compiled kernels of their shapes, above
-    all): it is taken off.
+    process of its own, and this one holds what earlier probes left behind (compiled kernels of their shapes, above
+    all): memory is what the process had with the model alone, and what attaching and training add to that.
 
     Args:
         load: loads the base.
@@ -83,30 +84,27 @@ class Planner:
     """
 
     def __init__(self, load: Callable[[], nn.Module], task: str | None = None, data: Dataset | None = None) -> None:
+        from veneer.train.record import anonymous_memory
         from veneer.train.tasks import task_of
 
         self.load, self.model, self.data = load, load(), data
         self.task = task_of(self.model, task or (None if data is None else data.task))
-        self._fresh: int | None = None  # bytes of a process in which one training has ended
+        self._loaded = anonymous_memory()
 
     def forecast(self, job: Job, room: int | None = None) -> Forecast:
         """Probe a job; one whose weights and optimiser state alone exceed ``room`` is not probed."""
-        from veneer.train.record import anonymous_memory
-
-        before = anonymous_memory()
         found = self._forecast(job, room)
         if converts(job.recipe):
             self.model = self.load()
         give_back()
-        left = 0 if self._fresh is None else max(0, before - self._fresh)
-        if self._fresh is None and found.probed:
-            self._fresh = anonymous_memory()
-        return replace(found, memory=found.memory - left)
+        return found
 
     def _forecast(self, job: Job, room: int | None) -> Forecast:
         import veneer
         from veneer.train.record import anonymous_memory
 
+        give_back()
+        before = anonymous_memory()
         began, source = time.perf_counter(), self._source(job)
         sites = [part.strip() for part in job.sites.split(",")] if "," in job.sites else job.sites
         given = {} if sites == "linear" else {"sites": sites}
@@ -118,14 +116,15 @@ class Planner:
         try:
             trained = adapter.parameter_count()
             facts = {"parameters": trained, "adapter_bytes": _bytes(adapter.state()), "optimizer_bytes": 8 * trained}
-            least = anonymous_memory() + (STATE - 4) * trained
+            standing = self._loaded + anonymous_memory() - before
+            least = standing + (STATE - 4) * trained
             if room is not None and least > ROOM * room:
                 return Forecast(job, **facts, memory=least, step=float("nan"), start=start, probed=False)
             found = [self._probe(adapter, job, source, rows) for rows in _probed_rows(self.task, job.rows, source.row)]
         finally:
             adapter.detach()
         step = _on_line([(p.usual, p.seconds) for p in found], source.usual)
-        memory = _on_line([(p.largest, p.peak) for p in found], source.largest)
+        memory = standing + _on_line([(p.largest, p.rise) for p in found], source.largest)
         start += found[-1].first
         return Forecast(job, **facts, memory=int(memory), step=step, start=start, probed=True)
 
@@ -156,14 +155,18 @@ class Planner:
     def _probe(self, adapter: Any, job: Job, source: Source, rows: int) -> Probe:
         """A short training."""
         import veneer
+        from veneer.train.record import anonymous_memory
 
         clock, batches = Clock(), source.make(rows, STEPS)
+        give_back()
+        before = anonymous_memory()
         run = veneer.fit(
             adapter, batches, task=self.task, steps=STEPS, lr=1e-6, display=clock, checkpointing=job.checkpointing
         )
         sizes = [size_of(batch) for batch in batches]
-        peak = run.record["peak_memory"]
-        return Probe(statistics.fmean(sizes[1:]), clock.step_time(), max(sizes), peak, clock.first_step())
+        usual, rise = statistics.fmean(sizes[1:]), max(0, run.record["peak_memory"] - before)
+        seconds = usual * statistics.median(t / size for t, size in zip(clock.steps()[1:], sizes[1:], strict=True))
+        return Probe(usual, seconds, max(sizes), rise, max(0.0, clock.steps()[0] - seconds * sizes[0] / usual))
 
 
 def converts(recipe: str) -> bool:
@@ -244,10 +247,6 @@ class Clock(Silent):
         """The moment of a step's end."""
         self.times.append(time.perf_counter())
 
-    def step_time(self) -> float:
-        """Seconds of a step, the mean over all but the first."""
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
-
-    def first_step(self) -> float:
-        """Seconds by which the first step was longer than the others."""
-        return max(0.0, self.times[1] - self.times[0] - self.step_time())
+    def steps(self) -> list[float]:
+        """Seconds of each step."""
+        return [after - before for before, after in pairwise(self.times)]
