@@ -30,8 +30,10 @@ from veneer.errors import UserError
 
 MODEL, RANK, SITES = "smollm2-135m", 8, ("q_proj", "k_proj", "v_proj", "o_proj")
 PROMPT, OUTPUT, BATCH, DISTINCT, ALPHA, DEADLINE = 32, 32, 16, 64, 0.3, 6.0
-MOST = 2000
+MOST, CHUNK = 2000, 512
 MEMORY = 1_200_000_000
+RESIDENT = {"rank 8": ((8,), 1_200_000_000), "ranks 4 to 64": ((4, 8, 16, 32, 64), 500_000_000)}
+KINDS = ("promised", "taken")
 FOLDER = Path(tempfile.gettempdir()) / "veneer-bench-serve"
 SETTINGS = {"model": MODEL, "rank": RANK, "sites": SITES, "batch": BATCH, "memory": MEMORY, "alpha": ALPHA}
 
@@ -144,40 +146,69 @@ def loading(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
 
 
 def memory(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Promised and taken, in a process of its own."""
-    found = fresh("bench.serve", "--resident", "--folder", str(options.folder))
-    share = found["taken"] / found["promised"]
-    note = f"{found['taken'] / 1e6:,.0f} of {found['promised'] / 1e6:,.0f} MB promised"
-    return [figure("resident growth over the promise, from 1", abs(share - 1), at_most=0.05, note=note)], found
+    """Promised in one process and taken in another, for two pools and two sets of ranks."""
+    figures, samples = [], {}
+    for name in ("rank 8",) if options.quick else RESIDENT:
+        found = {kind: fresh("bench.serve", "--resident", kind, "--of", name, *folder(options)) for kind in KINDS}
+        promised, taken = (found[kind]["bytes"] for kind in KINDS)
+        note = f"{taken / 1e6:,.0f} of {promised / 1e6:,.0f} MB promised; pool {RESIDENT[name][1] / 1e9:g} GB"
+        figures.append(
+            figure(f"{name}: growth over the promise, from 1", abs(taken / promised - 1), at_most=0.05, note=note)
+        )
+        samples[name] = found
+    return figures, samples
+
+
+def folder(options: argparse.Namespace) -> tuple[str, str]:
+    """The option again, for another process."""
+    return "--folder", str(options.folder)
 
 
 def resident(options: argparse.Namespace) -> None:
-    """Write what `--check` promises and what this process took to ``--out``."""
-    import psutil
+    """Write what `--check` promises, or what a server took when all its pages were written, to ``--out``."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from veneer.serve.check import check
+    from veneer.serve.mapped import resident as now
+    from veneer.serve.sizes import keep_few
+
+    keep_few()
+    x = torch.randn(512, 512)
+    torch.nn.functional.linear(x.bfloat16(), x.bfloat16())  # what the libraries take for themselves
+    ranks, room = RESIDENT[options.of]
+    root = options.folder if len(ranks) == 1 else mixed_ranks(options.folder, ranks)
+    before = now()
+    trunk = base_trunk()
+    pages = room // trunk.page_bytes()
+    if options.resident == "promised":
+        plan = check(trunk, root, pages, BATCH, CHUNK)
+        content = {"bytes": plan.total_bytes, "base": plan.weight_bytes, "steps": plan.work_bytes}
+    else:
+        engine = engine_over(trunk, root, QUICK, reuse=True, room=room)
+        draw = torch.Generator().manual_seed(0)
+        while engine.pool.free > pages // 100:
+            lengths = torch.randint(20, 480, (BATCH,), generator=draw).tolist()
+            rows = [torch.randint(100, 40_000, (n,), generator=draw).tolist() for n in lengths]
+            for request in asked(rows, QUICK):
+                engine.submit(request)
+            engine.run()
+        content = {"bytes": now() - before, "adapters": engine.bank.resident}
+    Path(options.out).write_text(json.dumps(content), encoding="utf-8")
+
+
+def mixed_ranks(root: Path, ranks: tuple[int, ...]) -> Path:
+    """A folder of adapters of these ranks by turns, made when it is not there."""
     import torch
 
     import veneer
-    from veneer.serve.check import check
 
-    own = psutil.Process()
-    x = torch.randn(512, 512)
-    torch.nn.functional.linear(x.bfloat16(), x.bfloat16())  # what the libraries take for themselves
-    veneer.load_model  # noqa: B018
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    before = own.memory_info().rss
-    trunk = base_trunk()
-    pages = MEMORY // trunk.page_bytes()
-    plan = check(trunk, options.folder, pages)
-    engine = engine_over(trunk, options.folder, QUICK, reuse=True)
-    draw = torch.Generator().manual_seed(0)
-    while engine.pool.free > pages // 100:
-        for n in range(BATCH):
-            row = torch.randint(100, 40_000, (480,), generator=draw).tolist()
-            engine.submit(asked([row], 0)[0] if n else asked([row], QUICK, seed=n)[0])
-        engine.run()
-    content = {"promised": plan.total_bytes, "taken": own.memory_info().rss - before}
-    Path(options.out).write_text(json.dumps(content), encoding="utf-8")
+    made = root.with_name(root.name + "-ranks")
+    if not (made / f"a{QUICK - 1}").is_dir():
+        found = shapes(veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")[0])
+        for n in range(QUICK):
+            write_adapter(found, made / f"a{n}", ranks[n % len(ranks)], n)
+    return made
 
 
 def vllm(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
@@ -374,17 +405,20 @@ def base_trunk() -> Any:
     import torch
 
     import veneer
+    from veneer.serve.sizes import keep_few
     from veneer.serve.trunk import Trunk
 
+    keep_few()
     return Trunk(veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")[0])
 
 
-def engine_over(trunk: Any, folder: Path, count: int, reuse: bool = False) -> Any:
-    """An engine with ``count`` adapters registered."""
+def engine_over(trunk: Any, folder: Path, count: int, reuse: bool = False, room: int | None = None) -> Any:
+    """An engine with ``count`` adapters registered, and ``room`` bytes of pool."""
     from veneer.serve.engine import Engine, Limits
 
-    limits = Limits(batch=BATCH, queue=10_000, chunk=512, reuse=reuse)
-    engine = Engine(trunk, (MEMORY if count > 16 or reuse else MEMORY // 4) // trunk.page_bytes(), limits=limits)
+    limits = Limits(batch=BATCH, queue=10_000, chunk=CHUNK, reuse=reuse)
+    room = room or (MEMORY if count > BATCH else MEMORY // 4)
+    engine = Engine(trunk, room // trunk.page_bytes(), limits=limits)
     for n in range(count):
         engine.bank.add(f"a{n}", folder / f"a{n}")
     return engine
@@ -446,7 +480,8 @@ def arguments() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--part", choices=list(PARTS), help="only this part, into serve-PART.json")
     made.add_argument("--folder", type=Path, default=FOLDER, help=f"where the adapters are kept; {FOLDER}")
-    made.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--resident", choices=KINDS, help=argparse.SUPPRESS)
+    made.add_argument("--of", choices=list(RESIDENT), help=argparse.SUPPRESS)
     made.add_argument("--out", help=argparse.SUPPRESS)
     return made.parse_args()
 

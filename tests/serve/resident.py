@@ -19,7 +19,7 @@ def engine(width, layers, pages):
         num_attention_heads=width // 64, num_key_value_heads=width // 128, max_position_embeddings=512,
     )  # fmt: skip
     trunk = Trunk(LlamaForCausalLM(config).eval())
-    plan = check(trunk, None, pages)
+    plan = check(trunk, None, pages, 8, 128)
     return Engine(trunk, pages, limits=Limits(batch=8, chunk=128), threaded=False), plan
 
 

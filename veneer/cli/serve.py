@@ -72,9 +72,15 @@ def command(
 
     start = Start(model, dtype, memory, batch, queue, chunk, policy, deadline, eviction, threads)
     if check:
+        import transformers.models.llama  # noqa: F401
+
+        from veneer.serve.mapped import resident
+
+        libraries = resident()
         trunk, pages, _ = start.trunk()
-        plan = look(trunk, root, pages)
-        screen().print("\n".join(plan.lines(batch, min(512, trunk.longest))), markup=False, highlight=False)
+        plan = look(trunk, root, pages, batch, chunk)
+        said = plan.lines(batch, min(512, trunk.longest), libraries)
+        screen().print("\n".join(said), markup=False, highlight=False)
         return
     packages()
     from veneer.serve.app import Settings

@@ -6,7 +6,7 @@ that begin alike under the same adapter (`prefix`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.serve.pool import PagePool
+from veneer.serve.sizes import as_they_are
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Batch:
         singles: sequences with one token each.
         stretches: the others.
         asked: which rows need logits; None is all of them.
+        filled: how many rows so many are filled up to; what is computed for the others is nobody's.
     """
 
     def __init__(
@@ -52,15 +54,23 @@ class Batch:
         singles: Sequence[Piece],
         stretches: Sequence[Piece] = (),
         asked: Sequence[int] | None = None,
+        filled: Callable[[int], int] = as_they_are,
     ) -> None:
         self.pool, self.device = pool, pool.data[0].device
         pieces = [*singles, *stretches]
         lengths = [len(p.tokens) for p in pieces]
         positions = np.concatenate([np.arange(p.past, p.past + n) for p, n in zip(pieces, lengths)])
-        self.tokens = self._ids(np.concatenate([np.asarray(p.tokens) for p in pieces]))
-        self.positions = self._ids(positions)
+        self.count = sum(lengths)
+        self.answers = self.count if asked is None else len(asked)
+        more = np.zeros(filled(self.count) - self.count, dtype=np.int64)
+        self.tokens = self._ids(np.concatenate([*(np.asarray(p.tokens) for p in pieces), more]))
+        self.positions = self._ids(np.concatenate([positions, more]))
         self.writes = self._ids(self._rows(pieces, positions, lengths))
-        self.asked = None if asked is None else self._ids(np.asarray(asked))
+        self.asked = None
+        if asked is not None or len(more):
+            wanted = np.arange(self.count) if asked is None else np.asarray(asked)
+            again = np.zeros(filled(self.answers) - self.answers, dtype=np.int64)
+            self.asked = self._ids(np.concatenate([wanted, again]))
         self.singles = len(singles)
         self.buckets = [self._bucket(members) for members in _buckets(singles)]
         self.stretches, at = [], self.singles
@@ -72,6 +82,7 @@ class Batch:
         """Attention of all rows, (T, count · head_dim), for ``heads`` (T, count + 2 · groups, head_dim)."""
         width = heads.shape[-1]
         out = heads.new_empty(heads.shape[0], count * width)
+        out[self.count :] = 0
         for rows, index, mask in self.buckets:
             q = heads[:, :count] if rows is None else heads.index_select(0, rows)[:, :count]
             q = q[: mask.shape[0]].reshape(-1, groups, count // groups, width)

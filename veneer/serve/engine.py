@@ -25,6 +25,7 @@ from veneer.serve.prefix import Prefixes
 from veneer.serve.product import RUN, Mix, Plan, Run
 from veneer.serve.request import Event, Request
 from veneer.serve.sampling import Choice, choose
+from veneer.serve.sizes import whole
 from veneer.serve.source import Reader
 from veneer.serve.trunk import Trunk
 
@@ -241,6 +242,8 @@ class Engine:
     def _pass(self) -> tuple[list[Request], list[Choice]]:
         singles = [r for r in self.running if r.length - r.known == 1]
         parts, budget = [], self.limits.chunk
+        if sum(r.length - r.known for r in self.running) - len(singles) > budget and self.trunk.packs:
+            budget = max(1, whole(len(singles) + budget) - len(singles))  # the rest is for the next step anyway
         for r in self.running:
             if r.length - r.known > 1 and budget > 0:
                 parts.append((r, min(budget, r.length - r.known)))
@@ -264,7 +267,7 @@ class Engine:
                 asked_rows.append(at - 1)
                 asked.append(r)
         lone = [Piece(r.tokens(r.known, r.length), r.known, r.pages) for r in singles]
-        batch = Batch(self.pool, lone, pieces, asked_rows if parts else None)
+        batch = Batch(self.pool, lone, pieces, asked_rows if parts else None, self.trunk.filled)
         logits = self.trunk.logits(batch, self._planned(heads, runs), self.pool)
         for r, count in [*((r, 1) for r in singles), *parts]:
             r.known += count
@@ -282,7 +285,7 @@ class Engine:
 
         wanted = (tuple(key(m) for m in heads), tuple((r.start, r.stop, key(r.mix)) for r in runs))
         if self._plan is None or self._plan[0] != wanted:
-            plan = Plan(self.pool, self.trunk.groups.chunk, heads, runs)
+            plan = Plan(self.pool, self.trunk.groups.chunk, heads, runs, self.trunk.filled)
             self._plan = (wanted, plan, [*heads, *(r.mix for r in runs)])  # held, so that an id stays theirs
         return self._plan[1]
 

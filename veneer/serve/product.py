@@ -8,7 +8,7 @@ once (`stack`). A row without an adapter sums nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.serve.layout import ONE, Table
 from veneer.serve.pool import PagePool
+from veneer.serve.sizes import as_they_are
 from veneer.serve.stack import Stack, stacked
 
 RUN = 16  # fewest tokens of one request that are worth taking its factors out of the pool for
@@ -58,15 +59,25 @@ class GroupPlan:
 
 
 class Plan:
-    """The product of one step; ``heads`` are the mixes of the first rows, one each, ``runs`` those of the others."""
+    """The product of one step; ``heads`` are the mixes of the first rows, one each, ``runs`` those of the others.
 
-    def __init__(self, pool: PagePool, chunk: int, heads: Sequence[Mix], runs: Iterable[Run] = ()) -> None:
-        self.pool, self.chunk, self.count = pool, chunk, len(heads)
+    Runs are computed over ``filled`` many rows, those beside them too.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        chunk: int,
+        heads: Sequence[Mix],
+        runs: Iterable[Run] = (),
+        filled: Callable[[int], int] = as_they_are,
+    ) -> None:
+        self.pool, self.chunk, self.count, self.filled = pool, chunk, len(heads), filled
         self.device, self.dtype = pool.data[0].device, pool.data[0].dtype
         groups = {group for mix in heads for tables, _ in mix for group in tables}
         self.groups = {group: self._group(group, heads) for group in groups}
-        stacks, single = stacked([run for run in runs if run.mix])
-        self.stacks = [Stack(pool, chunk, alike) for alike in stacks]
+        stacks, single = stacked([run for run in runs if run.mix], few=filled is not as_they_are)
+        self.stacks = [Stack(pool, chunk, alike, filled) for alike in stacks]
         self.runs = [(run, _matrices(run.mix, self._ids)) for run in single]
 
     def add(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
@@ -80,7 +91,7 @@ class Plan:
                 stack.add(layer, group, x, y)
         for run, groups in self.runs:
             if group in groups:
-                self._multiply(groups[group], layer, x[run.start : run.stop], y[run.start : run.stop])
+                self._multiply(groups[group], layer, x, y, run.start, run.stop)
 
     def _sum(self, plan: GroupPlan, layer: int, x: Tensor, y: Tensor) -> None:
         values = self.pool.rows(self.chunk)[layer]
@@ -100,8 +111,12 @@ class Plan:
         change = torch.embedding_bag(values, plan.index, plan.offsets, False, 0, False, h)[0]
         y.add_(change.view(y.shape))
 
-    def _multiply(self, mix: list[Matrices], layer: int, x: Tensor, y: Tensor) -> None:
+    def _multiply(self, mix: list[Matrices], layer: int, x: Tensor, y: Tensor, start: int, stop: int) -> None:
         values = self.pool.rows(self.chunk)[layer]
+        many = self.filled(stop - start)
+        first = max(0, min(start, x.shape[0] - many))
+        own = slice(start - first, stop - first)
+        x, y = x[first : first + many], y[start:stop]
         base = y.clone() if any(p.gain is not None for m in mix for p in m.parts) else y
         for m in mix:
             h = x @ self.pool.rows(m.width)[layer].index_select(0, m.a)
@@ -112,7 +127,7 @@ class Plan:
                     gain = values.index_select(0, p.gain).view(-1)
                     piece.addcmul_(base[:, p.start : p.stop], gain, value=m.weight)
                 B = values.index_select(0, p.b).view(p.rank, -1)
-                piece.add_(h[:, p.column : p.column + p.rank] @ B)
+                piece.add_((h[:, p.column : p.column + p.rank] @ B)[own])
                 if p.bias is not None:
                     piece.add_(values.index_select(0, p.bias).view(-1), alpha=m.weight)
 

@@ -73,15 +73,21 @@ class Reader:
         self._attached = threading.Lock()
         self._squares: dict[Inner, Tensor] = {}
         self._base: str | None = None
+        self._looked = False
 
     def read(self, folder: str | Path) -> Found:
         """The adapter in ``folder``; raises UserError when it is damaged, of another base or of no foldable form."""
-        folder = Path(folder)
-        plain = self._plain(folder)
-        if plain is not None:
-            form, layers = plain
-            return Found(self._pieces(folder, layers), form)
-        return self._lowered(folder)
+        folder, self._looked = Path(folder), False
+        try:
+            plain = self._plain(folder)
+            if plain is not None:
+                form, layers = plain
+                return Found(self._pieces(folder, layers), form)
+            self._looked = True
+            return self._lowered(folder)
+        finally:
+            if self._looked:  # at the base's own weights, which need not stay in memory
+                self.trunk.give_back()
 
     # -- plain pairs
 
@@ -158,6 +164,7 @@ class Reader:
         from veneer.models.fingerprint import base_fingerprint
 
         if self._base is None:
+            self._looked = True
             self._base = base_fingerprint(self.trunk.model)
         if made_on != self._base:
             raise UserError(f"{folder} was made on another base (its fingerprint is {str(made_on)[:8]}…)")
@@ -284,12 +291,12 @@ class Reader:
 
     def _weigh(self, piece: Piece, place: Place, found: Mapping[int, Loose]) -> None:
         """Put DoRA's gains m/‖W + BA‖ on the piece."""
-        A, B = piece.A.float(), piece.B.float()
+        A, B, self._looked = piece.A.float(), piece.B.float(), True
         gain = torch.ones(len(self.trunk.blocks), place.stop - place.start)
         piece.bias = torch.zeros_like(gain) if piece.bias is None else piece.bias
         for n, x in found.items():
             linear = self.trunk.blocks[n].linears[place.group]
-            W = linear.weight[place.start : place.stop]
+            W = linear.rows(place.start, place.stop)
             inner = Inner(n, *place)
             if inner not in self._squares:
                 self._squares[inner] = row_squares(W)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from veneer.serve.layout import Table
 from veneer.serve.pool import PagePool
+from veneer.serve.sizes import as_they_are
 
 WASTE = 1.5  # the longest run over the shortest that may be filled up to it
+SHORT = 64  # the longest run in a stack where few sizes are wanted: longer ones gain nothing by it
 
 
 def kind(mix: Sequence[tuple[dict[str, Table], float]]) -> tuple | None:
@@ -29,17 +31,29 @@ def kind(mix: Sequence[tuple[dict[str, Table], float]]) -> tuple | None:
     return tuple(found)
 
 
-def stacked(runs: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
-    """(stacks of at least two consecutive runs, the other runs)."""
+def stacked(runs: Sequence[Any], few: bool = False) -> tuple[list[list[Any]], list[Any]]:
+    """(stacks of at least two consecutive runs, the other runs); with ``few`` short runs by powers of two."""
     stacks: list[list[Any]] = []
     for run in runs:
         last = stacks[-1] if stacks else None
         alike = last is not None and last[-1].stop == run.start and (own := kind(run.mix)) is not None
+        alike = alike and not (few and run.stop - run.start > SHORT)
         if alike and own == kind(last[0].mix) and _near(last, run):
             last.append(run)
         else:
             stacks.append([run])
+    if few:
+        stacks = [part for s in stacks for part in _powers(s)]
     return [s for s in stacks if len(s) > 1], [s[0] for s in stacks if len(s) == 1]
+
+
+def _powers(stack: list[Any]) -> list[list[Any]]:
+    found = []
+    while stack:
+        count = 1 << (len(stack).bit_length() - 1)
+        found.append(stack[:count])
+        stack = stack[count:]
+    return found
 
 
 def _near(stack: list[Any], run: Any) -> bool:
@@ -48,13 +62,15 @@ def _near(stack: list[Any], run: Any) -> bool:
 
 
 class Stack:
-    """Consecutive runs with adapters of one layout; shorter runs are filled up to the longest."""
+    """Consecutive runs with adapters of one layout; all are filled up to ``filled`` of the longest."""
 
-    def __init__(self, pool: PagePool, chunk: int, runs: Sequence[Any]) -> None:
+    def __init__(
+        self, pool: PagePool, chunk: int, runs: Sequence[Any], filled: Callable[[int], int] = as_they_are
+    ) -> None:
         self.pool, self.chunk, self.count = pool, chunk, len(runs)
         self.start, self.stop = runs[0].start, runs[-1].stop
         lengths = np.array([r.stop - r.start for r in runs])
-        most = int(lengths.max())
+        most = filled(int(lengths.max()))
         self.rows = self.kept = None
         if (lengths != most).any():
             places = np.arange(most)[None]

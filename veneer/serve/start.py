@@ -35,8 +35,10 @@ class Start:
 
         from veneer.models import load_model
         from veneer.serve.check import pages_of
+        from veneer.serve.sizes import keep_few
         from veneer.serve.trunk import Trunk
 
+        keep_few()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         base, tokenizer = load_model(self.model, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))

@@ -2,7 +2,8 @@
 
 All tokens of a step are the rows of one matrix. Layers that share an input are one product; keys and values are written
 to the pool and read from its pages; `Plan` adds what the adapters change. The model's own tensors are views into the
-joined ones, so that adapters of every form can still be attached to it and measured against it.
+joined ones, or stay as they are beside packed ones, so that adapters of every form can still be attached to it and
+measured against it; what of them is mapped from a file leaves memory until then.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.serve.cache import Batch
 from veneer.serve.layout import Groups
+from veneer.serve.mapped import give_back, ranges, within
 from veneer.serve.pool import PagePool
 from veneer.serve.product import Plan
+from veneer.serve.sizes import TILE, as_they_are, filled
 
 LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 GPT2 = ("gpt2",)
@@ -40,22 +43,39 @@ class Inner(NamedTuple):
 
 @dataclass
 class Linear:
-    """A joined layer: weight (out, in) and bias (out,) or None."""
+    """Layers as one: ``weights`` (rows, in) one under the other, and bias (out,) or None.
 
-    weight: Tensor
+    With ``pack`` the product reads a copy laid out as the CPU's bf16 product wants it, and the weights stay where they
+    are; without it they must be one.
+    """
+
+    weights: tuple[Tensor, ...]
     bias: Tensor | None
+    pack: bool = False
 
     def __post_init__(self) -> None:
         self.packed: Tensor | None = None
+        if self.pack:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.rows(0, self.shape[0]).contiguous(), TILE)
 
-    def pack(self, rows: int) -> None:
-        """Lay the weight out as the CPU's bf16 product wants it: a second copy, read in place of the first."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return sum(w.shape[0] for w in self.weights), self.weights[0].shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the joined weight; a view where they are one layer's."""
+        found, at = [], 0
+        for W in self.weights:
+            if at < stop and start < at + W.shape[0]:
+                found.append(W[max(0, start - at) : stop - at])
+            at += W.shape[0]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weights[0], self.bias)
 
 
 @dataclass
@@ -92,26 +112,33 @@ class Trunk:
         self.embed = table.weight
         self.dtype, self.device = self.embed.dtype, self.embed.device
         self.places: dict[str, Inner] = {}
+        self.packs = self._packs() if pack is None else pack
+        self.filled = filled if self.packs else as_they_are
         base = architecture.trunk(model)
         self.blocks = _gpt2(self, base) if self.kind in GPT2 else _llama(self, base)
         head = architecture.head(model)
-        self.head = Linear(head.weight, head.bias)
+        self.head = Linear((head.weight.detach(),), head.bias, self.packs)
         self.longest = config.max_position_embeddings
         self._positions(base)
         outs = [i.stop - i.start for i in self.places.values() if i.layer == 0]
-        sizes = {g: (x.weight.shape[1], x.weight.shape[0]) for g, x in self.blocks[0].linears.items()}
+        sizes = {g: x.shape[::-1] for g, x in self.blocks[0].linears.items()}
         bounds = [i.start for i in self.places.values()] + [self.cell]
         self.groups = Groups(sizes, reduce(math.gcd, outs + bounds))
-        if pack if pack is not None else self._packs():
-            for layer in (*(x for b in self.blocks for x in b.linears.values()), self.head):
-                layer.pack(16)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Take out of memory what is mapped from the model's file and was only read to be copied."""
+        give_back(self.model.parameters())
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the base's tensors, and of the second copy where there is one."""
-        own = sum(p.numel() * p.element_size() for p in {id(p): p for p in self.model.parameters()}.values())
+        """Bytes of the base in memory: what every step reads, and what lies beside it without being mapped."""
         joined = (*(x for b in self.blocks for x in b.linears.values()), self.head)
-        return own + sum(x.weight.numel() * x.weight.element_size() for x in joined if x.packed is not None)
+        copied = {W.data_ptr() for x in joined if x.packed is not None for W in x.weights} - {self.embed.data_ptr()}
+        found = {p.data_ptr(): p for p in self.model.parameters()}
+        files = ranges(found.values())
+        own = [p for at, p in found.items() if at not in copied or not within(p, files)]
+        return sum(map(_bytes, own)) + sum(_bytes(W) for x in joined if x.packed is not None for W in x.weights)
 
     def pool(self, pages: int, tokens: int = 16) -> PagePool:
         """A pool for this model."""
@@ -141,7 +168,7 @@ class Trunk:
 
             qkv = run("qkv", block.norms[0](x))
             heads = self._turned(qkv, turn, block)
-            cells[number].index_copy_(0, batch.writes, heads[:, self.heads :].reshape(-1, self.cell))
+            cells[number].index_copy_(0, batch.writes, heads[: batch.count, self.heads :].reshape(-1, self.cell))
             attended = batch.attend(heads, blocks[number], self.heads, self.kv_heads, block.scale)
             x = x + run("o", attended)
             n = block.norms[1](x)
@@ -150,7 +177,8 @@ class Trunk:
                 x = x + run("down", self.act(gate).mul_(up))
             else:
                 x = x + run("down", self.act(run("up", n)))
-        return self.head(self.last_norm(x if batch.asked is None else x.index_select(0, batch.asked)))
+        x = x if batch.asked is None else x.index_select(0, batch.asked)
+        return self.head(self.last_norm(x))[: batch.answers]
 
     def _turned(self, qkv: Tensor, turn: tuple[Tensor, Tensor] | None, block: Block) -> Tensor:
         """q, k and v by head (T, heads + 2 · kv_heads, head_dim), q and k rotated."""
@@ -163,8 +191,11 @@ class Trunk:
         return (heads * turn[0]).addcmul_(heads.roll(self.head_dim // 2, -1), turn[1])
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for all heads of q, k and v, where v stays as it is."""
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        """cos and signed sin (T, heads, head_dim) for all heads of q, k and v, where v stays as it is."""
+        turned, shape = self.heads + self.kv_heads, (len(positions), self.heads + 2 * self.kv_heads, self.head_dim)
+        cos, sin = self.cos.new_ones(shape), self.sin.new_zeros(shape)
+        cos[:, :turned], sin[:, :turned] = self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        return cos, sin
 
     def _positions(self, base: nn.Module) -> None:
         if self.kind in GPT2:
@@ -176,15 +207,11 @@ class Trunk:
             raise UserError(f"rotary embeddings of the kind {kind!r} change with the length and cannot be served yet")
         with torch.no_grad():
             at = torch.arange(self.longest, device=self.device)[None]
-            cos, sin = (
+            self.cos, sin = (
                 t[0][:, None] for t in base.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), at)
             )
         half = self.head_dim // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        turned = self.heads + self.kv_heads
-        shape = (-1, turned + self.kv_heads, -1)
-        self.cos, self.sin = (t.expand(shape).clone() for t in (cos, sin))
-        self.cos[:, turned:], self.sin[:, turned:] = 1, 0
+        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
     def _packs(self) -> bool:
         """Whether the CPU library's own weight layout is there and is of use."""
@@ -243,7 +270,7 @@ def _gpt2(t: Trunk, base: nn.Module) -> list[Block]:
 
 @torch.no_grad()
 def t_joined(t: Trunk, number: int, group: str, members: dict[str, nn.Module]) -> Linear:
-    """The layers as one, of whose weight theirs become views; a Conv1D's is transposed into it."""
+    """The layers as one; where nothing is packed theirs become views of its weight. A Conv1D's is transposed."""
     weights, biases, at = [], [], 0
     for path, module in members.items():
         if stored(module) is not None:
@@ -251,15 +278,16 @@ def t_joined(t: Trunk, number: int, group: str, members: dict[str, nn.Module]) -
         W = module.weight.T if hasattr(module, "nf") else module.weight
         t.places[path] = Inner(number, group, at, at + W.shape[0])
         at += W.shape[0]
-        weights.append(W)
+        weights.append(W.detach())
         biases.append(module.bias)
+    every = [W.new_zeros(W.shape[0]) if b is None else b.detach() for W, b in zip(weights, biases)]
+    bias = None if all(b is None for b in biases) else torch.cat(every)
+    if t.packs:
+        return Linear(tuple(weights), bias, True)
     whole = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
     for module, W in zip(members.values(), whole.split([w.shape[0] for w in weights])):
         module.weight.data = W.T if hasattr(module, "nf") else W
-    if all(b is None for b in biases):
-        return Linear(whole.detach(), None)
-    filled = [W.new_zeros(W.shape[0]) if b is None else b for W, b in zip(weights, biases)]
-    return Linear(whole.detach(), torch.cat(filled).detach())
+    return Linear((whole,), bias)
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -282,6 +310,5 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return F.silu if name in ("silu", "swish") else ACT2FN[name]
 
 
-def describe(trunk: Trunk) -> dict[str, Any]:
-    """What `--check` says of the base."""
-    return {"kind": trunk.kind, "layers": len(trunk.blocks), "cell": trunk.cell, "bytes": trunk.weight_bytes}
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
