@@ -192,3 +192,22 @@ def test_the_papers_start_is_off_the_base_and_other_attentions_are_refused():
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(UserError, match="attn_implementation='flex_attention'"):
         model.model.layers[0].self_attn(torch.randn(1, 3, 32))
+
+
+def test_no_matrix_of_pairs_is_kept_for_backward():
+    model, saved = llama(), []
+    ids = torch.randint(3, 61, (1, 40))
+    adapter = veneer.attach(model, "p-adapter")
+    stirred(adapter)
+    pack = lambda t: saved.append(t.numel()) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(ids, use_cache=False).logits.square().mean()
+    assert max(saved) < 4 * 40 * 40
+    loss.backward()
+    kept = {n: p.grad for n, p in adapter.named_parameters()}
+    for d in adapter.deltas.values():
+        d._add = lambda seen, cross, layer, args, o, d=d: o + d._branch(seen, cross, o)
+    model.zero_grad()
+    model(ids, use_cache=False).logits.square().mean().backward()
+    for n, p in adapter.named_parameters():
+        torch.testing.assert_close(p.grad, kept[n], rtol=1e-5, atol=1e-7)

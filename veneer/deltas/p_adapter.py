@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, LoRAForm, Slot
@@ -92,7 +93,8 @@ class PAdapter(Delta):
     and shorter edges count as a thousandth of the mean (``published=True`` gives its numbers). Its matrix β is cut away
     in cross-attention, so that rows weigh less than one; ``teleport=False`` does that. With a key-value cache it
     takes queries for nodes, unlike in training; here the cached values stay the nodes, so decoding equals training.
-    The branch joins ahead of the output's dropout. Backward keeps about four matrices of heads × n × n.
+    The branch joins ahead of the output's dropout. Its backward needs o, the queries, keys and values, and of those
+    makes the rest again: no matrix of heads × n × n is kept, and the branch runs forward twice.
     """
 
     reduction: Annotated[int, At(ge=1, doc="d over the width m")] = 8
@@ -147,6 +149,11 @@ class PAdapter(Delta):
         """The attention's output with the branch added."""
         if seen.query is None:
             raise UserError(f"p-adapter: {self.site.path} computes its attention in a way that shows no weights")
+        # whatever it computes follows from what the attention and o keep anyway
+        return o + checkpoint(self._branch, seen, cross, o, use_reentrant=False, preserve_rng_state=False)
+
+    def _branch(self, seen: Attention, cross: bool, o: Tensor) -> Tensor:
+        """(GELU(oGᵀ + b_G) ∘ F)Uᵀ + b_U."""
         heads, rows = seen.query.shape[1], seen.query.shape[2]
         D, b_D, G, b_G, U, b_U = self.cast(o, self.D, self.b_D, self.G, self.b_G, self.U, self.b_U)
         out = self.site.parts["o"]
@@ -170,7 +177,7 @@ class PAdapter(Delta):
             p, mu = self.p.clamp(1.0, 4.0), self.mu * (2 + self.m.tanh())
             f = calibrated(mine, nodes, S, p, mu, own, self.published, self.teleport or not cross)
         f = f.transpose(1, 2).flatten(2).to(U.dtype)
-        return o + F.linear(F.gelu(F.linear(o, G, b_G)) * f, U, b_U)
+        return F.linear(F.gelu(F.linear(o, G, b_G)) * f, U, b_U)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise UserError(f"p-adapter cannot fold: {self.reasons['folds']}")
