@@ -10,7 +10,7 @@ from torch import nn
 import veneer
 from veneer.core.hook import Schedule
 from veneer.errors import UserError
-from veneer.numerics.norms import orthogonality
+from veneer.numerics.orthogonality import orthogonality
 from veneer.parts.restore import attach_from
 from veneer.ranks.adalora import budget
 

@@ -15,7 +15,8 @@ from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.chance import normal
-from veneer.numerics.norms import importance_score, orthogonality
+from veneer.numerics.norms import importance_score
+from veneer.numerics.orthogonality import orthogonality
 from veneer.parts.trainability import add_parameters, remove_parameters
 
 if TYPE_CHECKING:
@@ -249,9 +250,8 @@ class IncreLoRARanks(Ranks):
         self.seen[path] = self.seen.get(path, 0) + importance_score(delta.weight(), G, self.score)
 
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
-        if not self.orthogonality:
-            return None
-        return self.orthogonality * orthogonality([M for d in self.sites for A, B in [d.factors()] for M in (A, B.T)])
+        factors = [M for d in self.sites for A, B in [d.factors()] for M in (A, B.T)]
+        return self.orthogonality * orthogonality(factors) if self.orthogonality else None
 
     def before_optimizer(self, step: int) -> None:
         if not self.room or not self._scored(step):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
@@ -33,19 +31,6 @@ def row_norms(W_squares: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> T
         rows = W[lost].to(precise) + s * (B[lost] @ A)
         squares = squares.index_put((lost,), rows.square().sum(1))
     return squares.clamp_min(0).sqrt()
-
-
-def orthogonality(factors: list[Tensor]) -> Tensor:
-    """The mean of ‖MMᵀ − I‖_F (not squared) over factors M (r, n); those of one shape are taken together."""
-    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for M in factors:
-        alike[M.shape].append(M)
-    norms = []
-    for same in alike.values():
-        M = torch.stack(same)
-        gram = M @ M.transpose(1, 2)
-        norms.append(torch.linalg.vector_norm(gram - torch.eye(M.shape[1], device=M.device), dim=(1, 2)))
-    return torch.cat(norms).mean()
 
 
 def importance_score(change: Tensor, gradient: Tensor, score: str = "sqrt") -> Tensor:

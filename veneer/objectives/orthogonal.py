@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -10,10 +11,11 @@ from veneer.core.hook import Objective, Run
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
-from veneer.numerics.norms import orthogonality
+from veneer.numerics.orthogonality import orthogonality
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
+    from veneer.core.delta import Delta
 
 
 @method("orthogonal", axis="objective", paper="arXiv:2303.10512", system="61b", defaults="lora")
@@ -32,6 +34,7 @@ class Orthogonal(Objective):
     reads_outputs = False
 
     def on_attach(self, adapter: Adapter) -> None:
+        self.roles: WeakKeyDictionary[Delta, list[tuple[str, str]]] = WeakKeyDictionary()
         if not self.factors():
             raise UserError(f"orthogonal draws trained factors A and B together; {adapter.recipe} has none")
 
@@ -43,9 +46,10 @@ class Orthogonal(Objective):
                 A, B = d.factors()
                 found += [A, B.T]
                 continue
-            tensors = [(s.role, getattr(d, s.name)) for s in d.slots()]
-            found += [t for role, t in tensors if role == "factor_a" and t.requires_grad]
-            found += [t.T for role, t in tensors if role == "factor_b" and t.requires_grad]
+            if d not in self.roles:
+                self.roles[d] = [(s.role, s.name) for s in d.slots() if s.role in ("factor_a", "factor_b")]
+            tensors = [(role, getattr(d, name)) for role, name in self.roles[d]]
+            found += [t if role == "factor_a" else t.T for role, t in tensors if t.requires_grad]
         return found
 
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:

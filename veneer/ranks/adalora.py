@@ -18,6 +18,8 @@ from veneer.parts.trainability import remove_parameters
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
 
+TOGETHER = 24  # tensors whose averages are taken at once, so that what lies between stays in the cache
+
 
 def budget(step: int, start: int, target: int, wait: int, end: int) -> int:
     """The number of components at a step: ``start`` up to ``wait``, ``target`` from ``end`` on, a cubic between."""
@@ -90,11 +92,13 @@ class AdaLoRA(Ranks):
         self.settled, self.closed = False, []
         self.total = self.start_rank * len(adapter.deltas)
         self.target = self.rank * len(adapter.deltas)
-        for c in components(adapter).values():
+        self.parts = components(adapter)
+        for c in self.parts.values():
             if c.gate is None:
                 c.add_gate(torch.ones(c.rank))
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
+        self.parts = components(adapter)
         self.first = schedule.steps // 10 if self.wait is None else self.wait
         self.end = schedule.steps - (3 * schedule.steps // 10 if self.settle is None else self.settle)
         if self.first >= self.end:
@@ -119,7 +123,7 @@ class AdaLoRA(Ranks):
     def _tensors(self) -> dict[str, Tensor]:
         """The trained tensors of all components, by name."""
         found = {}
-        for path, c in components(self.adapter).items():
+        for path, c in self.parts.items():
             if c.gate is not None:
                 found |= {f"{path}.A": c.A, f"{path}.B": c.B, f"{path}.E": c.gate}
         return found
@@ -130,26 +134,32 @@ class AdaLoRA(Ranks):
         if not self.sensitivity:
             self.sensitivity = {n: torch.zeros_like(t) for n, t in tensors.items()}
             self.uncertainty = {n: torch.zeros_like(t) for n, t in tensors.items()}
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
-        mean, spread = ([values[n] for n in tensors] for values in (self.sensitivity, self.uncertainty))
-        now = torch._foreach_abs(torch._foreach_mul(list(tensors.values()), grads))
-        torch._foreach_lerp_(mean, now, 1 - self.beta1)
-        torch._foreach_sub_(now, mean)
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(spread, now, 1 - self.beta2)
+        names = list(tensors)
+        for at in range(0, len(names), TOGETHER):
+            own = names[at : at + TOGETHER]
+            weights, mean, spread = (
+                [values[n] for n in own] for values in (tensors, self.sensitivity, self.uncertainty)
+            )
+            now = torch._foreach_mul(weights, [torch.zeros_like(t) if t.grad is None else t.grad for t in weights])
+            torch._foreach_abs_(now)
+            torch._foreach_lerp_(mean, now, 1 - self.beta1)
+            torch._foreach_sub_(now, mean)
+            torch._foreach_abs_(now)
+            torch._foreach_lerp_(spread, now, 1 - self.beta2)
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """S (r,) of every site; without averages (a state from before they were) the size of each component."""
         found = {}
-        for path, c in components(self.adapter).items():
+        for path, c in self.parts.items():
             if c.gate is None:
                 continue
             if not self.sensitivity:
                 found[path] = c.gate.abs() * c.A.norm(dim=1) * c.B.norm(dim=0)
                 continue
-            A, B, E = (self.sensitivity[f"{path}.{n}"] * self.uncertainty[f"{path}.{n}"] for n in "ABE")
-            found[path] = E + A.mean(1) + B.mean(0)
+            A, B, E = ((self.sensitivity[f"{path}.{n}"], self.uncertainty[f"{path}.{n}"]) for n in "ABE")
+            rows, columns = torch.linalg.vecdot(*A, dim=1), torch.linalg.vecdot(*B, dim=0)
+            found[path] = (E[0] * E[1]).add_(rows, alpha=1 / c.A.shape[1]).add_(columns, alpha=1 / c.B.shape[0])
         return found
 
     @torch.no_grad()
@@ -168,7 +178,7 @@ class AdaLoRA(Ranks):
     @torch.no_grad()
     def _prune(self) -> None:
         """Delete all but the best; a site that keeps none waits for the end with one closed component."""
-        parts = components(self.adapter)
+        parts = self.parts
         kept = self._close(sum(c.rank for c in parts.values() if c.gate is not None) - self.target)
         self.closed = [path for path, own in kept.items() if not own]
         for path, own in kept.items():
@@ -177,7 +187,7 @@ class AdaLoRA(Ranks):
 
     @torch.no_grad()
     def on_end(self) -> None:
-        parts = {path: c for path, c in components(self.adapter).items() if c.gate is not None}
+        parts = {path: c for path, c in self.parts.items() if c.gate is not None}
         if sum(c.rank for c in parts.values()) > self.target + len(self.closed):
             self._prune()
         for c in parts.values():
