@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from veneer.core.product import lowrank_linear
-from veneer.models import fast_attention
+from veneer.models import fast_attention, fast_self_attention
 from veneer.models.fast import fast_forms
 from veneer.numerics import lowrank
 from veneer.numerics.dropout import keep_mask
@@ -76,8 +76,9 @@ def compare(model, ids, tolerance=2e-5, **inputs):
 def frozen_calls(monkeypatch):
     """Counts the passes through the fast attention."""
     calls = []
-    own = fast_attention._RotaryAttention.apply
-    monkeypatch.setattr(fast_attention._RotaryAttention, "apply", lambda *a: calls.append(1) or own(*a))
+    own = fast_attention.attend
+    for module in (fast_attention, fast_self_attention):
+        monkeypatch.setattr(module, "attend", lambda *a: calls.append(1) or own(*a))
     return calls
 
 

@@ -92,14 +92,22 @@ def test_what_rows_begin_with_in_common_is_computed_once(recipe, attention):
 
 
 def test_rows_without_padding_are_packed_for_what_they_share_alone():
-    ids = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 60, (4, 60), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
     labels[:, :6] = -100
     assert packing({"input_ids": ids}, labels != -100) is None
     ids[1:, :7] = ids[0, :7]
     found = packing({"input_ids": ids}, labels != -100)
-    assert len(found.place) == 40 - 3 * 5  # the sixth position predicts the first label: each row's own
+    assert len(found.place) == 4 * 59 - 3 * 5  # the sixth position predicts the first label: each row's own
     assert packing({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)) is None
+
+
+def test_what_follows_the_last_label_is_left_out():
+    ids = torch.randint(3, 60, (3, 10), generator=torch.Generator().manual_seed(5))
+    labels = torch.full_like(ids, -100)
+    labels[0, 2:5] = labels[1, 8:] = 7
+    found = packing({"input_ids": ids}, labels != -100)
+    assert torch.bincount(found.row).tolist() == [4, 9, 1]  # the last label is predicted by the position before it
 
 
 def test_attention_that_is_not_ours_gets_a_mask_by_rows():
@@ -122,7 +130,8 @@ def test_other_batches_stay_as_they_are(change):
     given = batch(side="left" if change == "left" else "right")
     labels = given.pop("labels")
     if change == "none":
-        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+        given = {"input_ids": torch.randint(3, 60, (2, 60))}
+        labels = given["input_ids"]
     if change == "labelled":
         labels = torch.ones_like(labels)
     if change == "position_ids":

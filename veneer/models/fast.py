@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.models.fast_attention import Turn, additive, is_causal, rotary_attention
+from veneer.models.fast_attention import Heads, Turn, additive, is_causal, rotary_attention
 from veneer.models.fast_linear import Plain, branch_of, linear_group
 from veneer.models.fast_mlp import gated_mlp, swiglu
 from veneer.models.fast_norm import rms_norm
+from veneer.models.fast_self_attention import self_attention
 from veneer.models.packing import Packing
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
@@ -196,15 +197,19 @@ def _attention(
         given = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
         return _own(module, hidden_states=x, attention_mask=attention_mask, **given)
     layers = (module.q_proj, module.k_proj, module.v_proj)
-    branches = [branch_of(m, forms.plain, x.dtype) for m in layers]
-    q, k, v = (m(x) for m in layers) if None in branches else linear_group(x, branches)
-    turn = forms.turn(*position_embeddings, q.shape[-1] // module.head_dim)
-    if packing is not None:
-        q, k, v = (packing.rows(t) for t in (q, k, v))
-    out = rotary_attention(q, k, v, turn, mask, module.head_dim, module.scaling)
-    out = out if packing is None else packing.packed(out)
-    last = branch_of(module.o_proj, forms.plain, x.dtype)
-    return (module.o_proj(out) if last is None else linear_group(out, [last])[0]), None
+    branches = [branch_of(m, forms.plain, x.dtype) for m in (*layers, module.o_proj)]
+    size, whole = module.head_dim, None not in branches
+    if whole:
+        parts, widths = [], [b.width for b in branches[:3]]
+    else:
+        parts = [m(x) for m in layers] if None in branches[:3] else linear_group(x, branches[:3])
+        widths = [t.shape[-1] for t in parts]
+    heads = Heads(widths[0] // size, widths[1] // size, size, module.scaling)
+    turn = forms.turn(*position_embeddings, heads.queries + heads.groups)
+    if whole:
+        return self_attention(x, branches, turn, mask, heads, packing), None
+    out = rotary_attention(torch.cat(parts, -1), turn, mask, heads, packing)
+    return (module.o_proj(out) if branches[3] is None else linear_group(out, branches[3:])[0]), None
 
 
 def _attention_fits(

@@ -2,24 +2,42 @@
 
 Rows of one key–value group lie together, (time, query head) in turn, so that keys and values are never repeated; blocks
 of rows stop at their own last column, so that most of the masked half is never computed. The probabilities are kept in
-the compute precision while the sequence is short, and formed again in backward beyond.
+the compute precision while the sequence is short, and formed again in backward beyond. Queries, keys and values stand
+side by side, as their projections write them: what is done to several of them is done once.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.models.packing import Packing
+
 KEPT = 512  # longest sequence whose probabilities are kept: (query heads × length / 2) numbers a token
 BLOCK = 64  # fewest rows of a block; at most 8 blocks
 
 
+class Heads(NamedTuple):
+    """How many query heads and key–value groups there are, the size of one, and the factor on the scores."""
+
+    queries: int
+    groups: int
+    size: int
+    scale: float
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of a position's queries, keys and values."""
+        return self.queries * self.size, self.groups * self.size, self.groups * self.size
+
+
 class Turn(NamedTuple):
-    """The rotary embedding of all heads, ``(batch or 1, time, heads · head_dim)`` each, for vectors as projected.
+    """The rotary embedding of queries and keys, ``(batch or 1, time, heads · size)`` each, for vectors as projected.
 
     The rotated x is ``x ∘ cos + swap(x) ∘ sin``, where swap exchanges the halves of each head and ``sin`` carries the
     sign; ``back`` is ``swap(sin)``, by which the gradient is turned back.
@@ -31,27 +49,29 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, heads: int) -> Turn:
-        """From the model's ``cos`` and ``sin (batch or 1, time, head_dim)``."""
+        """From the model's ``cos`` and ``sin (batch or 1, time, size)``, for so many heads side by side."""
         half = sin.shape[-1] // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         return cls(*(t.repeat(1, 1, heads) for t in (cos, signed, signed.roll(half, -1))))
 
 
 def rotary_attention(
-    q: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor | None, head_dim: int, scale: float
+    qkv: Tensor, turn: Turn, mask: Tensor | None, heads: Heads, packing: Packing | None = None
 ) -> Tensor:
     """Softmax attention over rotated queries and keys.
 
     Args:
-        q: ``(batch, time, heads · head_dim)``; k, v: ``(batch, time, key-value heads · head_dim)``, as projected.
-        turn: the rotation, for at least as many heads as q has.
+        qkv: queries, keys and values as projected, side by side: ``(batch, time, Σ heads.widths)``, or of a packed row
+            ``(1, W, Σ heads.widths)``.
+        turn: the rotation, for the heads of queries and keys together.
         mask: additive ``(batch or 1, 1, time, time)``, causal as well, or None for causal attention alone.
-        scale: the factor on the scores.
+        heads: their numbers, size and scale.
+        packing: of a packed row.
 
     Returns:
-        ``(batch, time, heads · head_dim)``.
+        ``(batch, time, heads.queries · heads.size)``, or packed as it came.
     """
-    return _RotaryAttention.apply(q, k, v, *turn, mask, head_dim, scale)
+    return _RotaryAttention.apply(qkv, *turn, mask, heads, packing)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,11 +89,9 @@ def is_causal(mask: Tensor) -> bool:
     return not look.triu(1).any()
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    """``x ∘ cos + swap(x) ∘ sin``: x (batch, time, heads · head_dim)."""
-    width = x.shape[-1]
-    swapped = x.view(*x.shape[:2], -1, head_dim).roll(head_dim // 2, -1).flatten(2)
-    return torch.mul(x, cos[..., :width]).addcmul_(swapped, sin[..., :width])
+def _swapped(x: Tensor, size: int) -> Tensor:
+    """``x (batch, time, heads · size)`` with the halves of each head exchanged."""
+    return x.unflatten(-1, (-1, size)).roll(size // 2, -1).flatten(2)
 
 
 def _by_group(x: Tensor, groups: int, head_dim: int) -> Tensor:
@@ -112,46 +130,73 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, sc
     return scores.softmax(-1)
 
 
+def attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, heads: Heads, packing: Packing | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The attention of `rotary_attention`, without autograd, and what `attend_gradient` needs."""
+    qkv = qkv if packing is None else packing.rows(qkv)
+    batch, time = qkv.shape[:2]
+    width, group = heads.widths[:2]
+    x = qkv[..., : width + group]
+    x = torch.mul(x, cos).addcmul_(_swapped(x, heads.size), sin)
+    K = _by_group(x[..., width:], heads.groups, heads.size)
+    V = _by_group(qkv[..., width + group :], heads.groups, heads.size)
+    out = qkv.new_empty(batch, time, width)
+    queries, kept = [], []
+    for a, b in _blocks(time):
+        Q = _by_group(x[:, a:b, :width], heads.groups, heads.size)
+        P = _probabilities(Q, K, mask, a, b, heads.scale)
+        _by_time(torch.bmm(P, V[:, :b]), out[:, a:b])
+        queries.append(Q)
+        if time <= KEPT:
+            kept.append(P)
+    return (out if packing is None else packing.packed(out)), [K, V, *queries, *kept]
+
+
+def attend_gradient(
+    grad: Tensor,
+    kept: Sequence[Tensor],
+    cos: Tensor,
+    back: Tensor,
+    mask: Tensor | None,
+    heads: Heads,
+    packing: Packing | None,
+) -> Tensor:
+    """The gradient of `attend`'s queries, keys and values from that of its output, side by side."""
+    K, V, *kept = kept
+    grad = grad if packing is None else packing.packed_gradient(grad)
+    batch, time, width = grad.shape
+    group, scale = heads.widths[1], heads.scale
+    blocks = _blocks(time)
+    queries, kept = kept[: len(blocks)], kept[len(blocks) :]
+    found = grad.new_empty(batch, time, sum(heads.widths))
+    dK, dV = torch.zeros_like(K), torch.zeros_like(V)
+    for i, (a, b) in enumerate(blocks):
+        Q, g = queries[i], _by_group(grad[:, a:b], heads.groups, heads.size)
+        P = kept[i] if kept else _probabilities(Q, K, mask, a, b, scale)
+        dV[:, :b].baddbmm_(P.transpose(1, 2), g)
+        dP = torch.bmm(g, V[:, :b].transpose(1, 2))
+        dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+        _by_time(torch.baddbmm(Q.new_zeros(()), dS, K[:, :b], beta=0, alpha=scale), found[:, a:b, :width])
+        dK[:, :b].baddbmm_(dS.transpose(1, 2), Q, alpha=scale)
+    _by_time(dK, found[..., width : width + group])
+    _by_time(dV, found[..., width + group :])
+    x = found[..., : width + group]
+    swapped = _swapped(x, heads.size)
+    x.mul_(cos).addcmul_(swapped, back)
+    return found if packing is None else packing.rows_gradient(found)
+
+
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, back, mask, head_dim, scale):
-        time = q.shape[1]
-        groups = k.shape[-1] // head_dim
-        q = _rotated(q, cos, sin, head_dim)
-        K = _by_group(_rotated(k, cos, sin, head_dim), groups, head_dim)
-        V = _by_group(v, groups, head_dim)
-        out = torch.empty_like(q)
-        queries, kept = [], []
-        for a, b in _blocks(time):
-            Q = _by_group(q[:, a:b], groups, head_dim)
-            P = _probabilities(Q, K, mask, a, b, scale)
-            _by_time(torch.bmm(P, V[:, :b]), out[:, a:b])
-            queries.append(Q)
-            if time <= KEPT:
-                kept.append(P)
-        ctx.save_for_backward(K, V, cos, back, mask, *queries, *kept)
-        ctx.facts = groups, head_dim, scale
+    def forward(ctx, qkv, cos, sin, back, mask, heads, packing):
+        out, kept = attend(qkv, cos, sin, mask, heads, packing)
+        ctx.save_for_backward(cos, back, mask, *kept)
+        ctx.facts = heads, packing
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        K, V, cos, back, mask, *kept = ctx.saved_tensors
-        groups, head_dim, scale = ctx.facts
-        batch, time, _ = grad.shape
-        blocks = _blocks(time)
-        queries, kept = kept[: len(blocks)], kept[len(blocks) :]
-        q, k, v = torch.empty_like(grad), *grad.new_empty(2, batch, time, groups * head_dim)
-        dK, dV = torch.zeros_like(K), torch.zeros_like(V)
-        for i, (a, b) in enumerate(blocks):
-            Q, g = queries[i], _by_group(grad[:, a:b], groups, head_dim)
-            P = kept[i] if kept else _probabilities(Q, K, mask, a, b, scale)
-            dV[:, :b].baddbmm_(P.transpose(1, 2), g)
-            dP = torch.bmm(g, V[:, :b].transpose(1, 2))
-            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-            _by_time(torch.baddbmm(Q.new_zeros(()), dS, K[:, :b], beta=0, alpha=scale), q[:, a:b])
-            dK[:, :b].baddbmm_(dS.transpose(1, 2), Q, alpha=scale)
-        _by_time(dK, k)
-        _by_time(dV, v)
-        q, k = _rotated(q, cos, back, head_dim), _rotated(k, cos, back, head_dim)
-        return q, k, v, None, None, None, None, None, None
+        cos, back, mask, *kept = ctx.saved_tensors
+        return attend_gradient(grad, kept, cos, back, mask, *ctx.facts), None, None, None, None, None, None

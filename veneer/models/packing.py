@@ -4,7 +4,8 @@ Linear layers, norms and embeddings look at one position at a time and take the 
 puts its projections back into rows, where causality alone keeps padding on the right unseen. What a causal model makes
 of a position depends on the tokens up to it, so that positions whose rows agree so far (a system prompt, a template's
 first words, several answers to one question) are one and the same: they are computed once, and get the sum of the
-gradients. Random dropout draws one mask for such a position where rows apart would draw several.
+gradients. What follows the last label of a row is seen by nothing that counts, and is left out with the padding.
+Random dropout draws one mask for a shared position where rows apart would draw several.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LEAST = 0.02  # share of positions to be saved below which packing costs more than it saves
 STEP = 16  # rows of a processor's matrix tile
@@ -68,11 +68,26 @@ class Packing:
 
     def rows(self, x: Tensor) -> Tensor:
         """A packed ``(1, W, n)`` as ``(B, longest, n)``; what stands after the end of a row means nothing."""
-        return _Unpack.apply(x, self)
+        return x[0].index_select(0, self.source.flatten()).view(*self.source.shape, -1)
+
+    def rows_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of a packed row from that of `rows`, which is written over where positions are shared."""
+        for row, like, tokens in reversed(self.agree):
+            grad[like, :tokens] += grad[row, :tokens]
+        return self.packed(grad)
 
     def packed(self, x: Tensor) -> Tensor:
-        """``(B, longest, n)`` as ``(1, W, n)``, shared positions from the first row that has them."""
-        return _Pack.apply(x, self)
+        """``(B, longest, n)`` as ``(1, W, n)``, shared positions from the first row that has them, filled with 0."""
+        count = len(self.place)
+        out = x.new_empty(count + self.fill, x.shape[-1])
+        torch.index_select(x.flatten(0, 1), 0, self.place, out=out[:count])
+        out[count:] = 0
+        return out[None]
+
+    def packed_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of rows ``(B, longest, n)`` from that of `packed`."""
+        out = grad.new_zeros(self.source.numel(), grad.shape[-1])
+        return out.index_copy_(0, self.place, grad[0, : len(self.place)]).view(*self.source.shape, -1)
 
     def own_mask(self) -> Tensor:
         """``(1, 1, W, W)``, True where a position may look: for attention that does not know packed rows."""
@@ -101,9 +116,16 @@ def packing(inputs: dict[str, Any], labelled: Tensor, least: float = LEAST) -> P
     on_the_right = torch.equal(look, torch.arange(look.shape[1], device=tokens.device) < lengths[:, None])
     if not on_the_right or int(lengths.min()) == 0 or bool((labelled & ~look).any()):
         return None
+    lengths = _heeded(labelled, lengths)
     agree = _agreements(tokens, labelled, lengths)
     saved = look.numel() - int(lengths.sum()) + sum(count for *_, count in agree)
     return Packing(lengths, tokens.shape[1], agree) if saved >= least * tokens.numel() else None
+
+
+def _heeded(labelled: Tensor, lengths: Tensor) -> Tensor:
+    """How many positions of each row the loss depends on: those before the last label, at least one."""
+    time = torch.arange(labelled.shape[1], device=labelled.device)
+    return torch.where(labelled, time, 0).amax(1).clamp_min(1).minimum(lengths)
 
 
 def _agreements(tokens: Tensor, labelled: Tensor, lengths: Tensor) -> list[tuple[int, int, int]]:
@@ -121,42 +143,3 @@ def _agreements(tokens: Tensor, labelled: Tensor, lengths: Tensor) -> list[tuple
         if int(same[like]) > 0:
             found.append((row, like, int(same[like])))
     return found
-
-
-def _gather(x: Tensor, packing: Packing) -> Tensor:
-    """``(B, longest, n)`` as ``(1, W, n)``, filled up with zeros."""
-    count = len(packing.place)
-    out = x.new_empty(count + packing.fill, x.shape[-1])
-    torch.index_select(x.flatten(0, 1), 0, packing.place, out=out[:count])
-    out[count:] = 0
-    return out[None]
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, packing):
-        ctx.packing = packing
-        return x[0].index_select(0, packing.source.flatten()).view(*packing.source.shape, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        packing = ctx.packing
-        grad = grad.clone() if packing.agree else grad
-        for row, like, tokens in reversed(packing.agree):
-            grad[like, :tokens] += grad[row, :tokens]
-        return _gather(grad, packing), None
-
-
-class _Pack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, packing):
-        ctx.packing = packing
-        return _gather(x, packing)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        source, place = ctx.packing.source, ctx.packing.place
-        out = grad.new_zeros(source.numel(), grad.shape[-1])
-        return out.index_copy_(0, place, grad[0, : len(place)]).view(*source.shape, -1), None

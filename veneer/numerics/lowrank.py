@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.numerics.dropout import keep_mask
@@ -38,6 +37,13 @@ class Branch(NamedTuple):
         assert self.weight is not None
         W = self.weight if isinstance(self.weight, Tensor) else self.weight()
         return W.to(dtype)
+
+    @property
+    def width(self) -> int:
+        """Numbers that the layer puts out."""
+        known = self.weight if isinstance(self.weight, Tensor) else self.B
+        assert known is not None, "a function that gives the weight stands beside factors"
+        return known.shape[0]
 
     @property
     def factor(self) -> float:
@@ -82,34 +88,47 @@ class Gradients(NamedTuple):
 
 
 def run(
-    rows: Tensor, branches: Sequence[Branch], factors: Factors
+    rows: Tensor, branches: Sequence[Branch], factors: Factors, into: Sequence[Tensor | None] | None = None
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """The outputs ``y`` (N, out) of ``rows`` (N, in), and what backward needs: ``h = drop(x) Aᵀ`` (N, r), and for a
-    branch with a gain ``z`` (N, out), the output before gain and bias."""
+    branch with a gain ``z`` (N, out), the output before gain and bias.
+
+    ``into``: where to write the outputs; rows may lie apart.
+    """
     dtype = rows.dtype
     hidden = _project(rows, branches, factors)
     outputs: list[Tensor] = []
     before: list[Tensor | None] = []
-    for branch, h, B in zip(branches, hidden, factors.B):
+    for branch, h, B, out in zip(branches, hidden, factors.B, into or [None] * len(branches)):
         b = None if branch.bias is None else branch.bias.to(dtype)
-        late = branch.gain is not None or branch.weight is None
-        y = None if branch.weight is None else F.linear(rows, branch.dense(dtype), None if late else b)
-        if h is not None:
-            y = h @ B.t() if y is None else y.addmm_(h, B.t())
-        assert y is not None, "a branch has a weight or a change"
         z = None
         if branch.gain is not None:
-            z, y = y, gained(y, branch.gain)
-        if late and b is not None:
-            y += b
+            z = _changed(rows, branch, None, h, B, None)
+            y = gained(z, branch.gain, out)
+            y = y if b is None else y.add_(b)
+        else:
+            y = _changed(rows, branch, b, h, B, out)
         outputs.append(y)
         before.append(z)
     return outputs, hidden, before
 
 
-def gained(z: Tensor, gain: Tensor) -> Tensor:
+def _changed(
+    rows: Tensor, branch: Branch, bias: Tensor | None, h: Tensor | None, B: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """``x Wᵀ + h Bᵀ + b``, whatever of it there is; written into ``out`` if that is given."""
+    if branch.weight is None:
+        assert h is not None, "a branch has a weight or a change"
+        y = torch.mm(h, B.t(), out=out)
+        return y if bias is None else y.add_(bias)
+    W = branch.dense(rows.dtype).t()
+    y = torch.mm(rows, W, out=out) if bias is None else torch.addmm(bias, rows, W, out=out)
+    return y if h is None else y.addmm_(h, B.t())
+
+
+def gained(z: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
     """``z ∘ gain`` as ``z + z·(gain − 1)``: in bf16 a gain near 1 would lose the digits in which it differs from 1."""
-    return torch.addcmul(z, z, (gain - 1).to(z.dtype))
+    return torch.addcmul(z, z, (gain - 1).to(z.dtype), out=out)
 
 
 def gradients(
