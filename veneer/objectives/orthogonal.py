@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from veneer.core.hook import Objective, Run
+from veneer.core.hook import Objective, Run, Schedule
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
@@ -34,9 +33,12 @@ class Orthogonal(Objective):
     reads_outputs = False
 
     def on_attach(self, adapter: Adapter) -> None:
-        self.roles: WeakKeyDictionary[Delta, list[tuple[str, str]]] = WeakKeyDictionary()
+        self.roles: dict[Delta, list[tuple[str, str]]] = {}
         if not self.factors():
             raise UserError(f"orthogonal draws trained factors A and B together; {adapter.recipe} has none")
+
+    def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
+        self.roles = {}
 
     def factors(self) -> list[Tensor]:
         """Every trained factor as (r, n); of a form that keeps them in pieces, put together."""
