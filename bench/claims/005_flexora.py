@@ -36,7 +36,7 @@ CLAIM = Claim(
         "four random blocks": With(function=random_four),
         "all blocks": With(function=every_block),
     },
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
     seeds=5,
     rule=above("flexora", "four random blocks"),
     note="The search sees the training images alone, half of them held out; its steps are not counted.",
