@@ -73,7 +73,7 @@ class Packing:
     def rows_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of a packed row from that of `rows`, which is written over where positions are shared."""
         for row, like, tokens in reversed(self.agree):
-            grad[like, :tokens] += grad[row, :tokens]
+            grad[like, :tokens].add_(grad[row, :tokens])
         return self.packed(grad)
 
     def packed(self, x: Tensor) -> Tensor:
