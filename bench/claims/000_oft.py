@@ -15,7 +15,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=4, alpha=8)"),
         "boft": With("boft(block_size=4)"),
     },
-    rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     seeds=5,
     rule=every(above("oft", "lora"), above("oft", "lora", on="kept")),
     note="kept is the accuracy on upright images.",
