@@ -1,6 +1,7 @@
 """ConvLoRA against the numbers of its sheet (008) and against PEFT's convolution."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from single import gradients, put, single, stirred
 from torch import nn
 
 import veneer
+from veneer.errors import UserError
 
 LAYERS = {
     "3x3": lambda: nn.Conv2d(4, 5, 3, padding=1),
@@ -126,3 +128,27 @@ def test_above_another_adapter_both_act():
     x = example()
     kernel = at.layer.weight + (lora.weight() + d.weight()).view_as(at.layer.weight)
     assert torch.allclose(model(x), F.conv2d(x, kernel, at.layer.bias, padding=1), atol=1e-5)
+
+
+def test_layers_have_ranks_by_globs(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+        return nn.Sequential(OrderedDict(body=body, upsampler=nn.Conv2d(4, 8, 3)))
+
+    model = made()
+    adapter = veneer.attach(model, "conv-lora(rank=2, ranks=('upsampler*=8', '1=4', '*=3'))", sites="conv")
+    stirred(adapter)
+    found = {path: (d.rank, len(d.A) // 3, d.scale) for path, d in adapter.deltas.items()}
+    assert found == {"body.0": (3, 3, 2.0), "body.1": (4, 4, 2.0), "upsampler": (8, 8, 2.0)}
+    adapter.save(tmp_path / "kept")
+    again = made()
+    veneer.load(again, tmp_path / "kept")
+    x = example()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(("ranks", "said"), [("'head=8',", "no selected convolution"), ("'body',", "a glob, = and")])
+def test_ranks_that_fit_nothing_or_say_none_are_refused(ranks, said):
+    with pytest.raises(UserError, match=said):
+        veneer.attach(nn.Sequential(nn.Conv2d(4, 4, 3)), f"conv-lora(ranks=({ranks}))", sites="conv")

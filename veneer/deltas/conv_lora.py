@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, LoRAForm, Pair, Slot
 from veneer.core.registry import method
+from veneer.core.site import Site
+from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.chance import kaiming_uniform
 
@@ -33,7 +36,8 @@ class ConvLoRA(Delta):
 
     ``two_conv`` is PEFT's and LyCORIS's form, a kh × kw convolution to r channels and a 1 × 1 one, which is ``lora`` at
     a convolution; the two forms hold other numbers and must not be exchanged. Defaults: r = 2 and α = 2r from hints in
-    the official code (r = 8 at the last convolution and the up-sampler).
+    the official code, which has r = 8 at the last convolution and the up-sampler: ``ranks=("conv_cat=8",
+    "upsampler*=8")`` says so.
 
     Differences from the published layer: nothing is merged by ``eval()``, so no file holds ΔW twice; biases stay frozen
     (there they train: name them with ``train=``); its dropout, which is accepted and ignored, is left out. Groups and
@@ -42,6 +46,7 @@ class ConvLoRA(Delta):
     """
 
     rank: Annotated[int, At(ge=1, doc="r: inner dimension over the kernel's height")] = 2
+    ranks: Annotated[tuple[str, ...], At(doc="GLOB=r for layers of another rank, by path or its end; first fits")] = ()
     alpha: Annotated[float | None, At(gt=0, doc="numerator of the scale s; twice the rank when None")] = None
     form: Annotated[Literal["loralib", "two_conv"], At(doc="how the factors make the kernel")] = "loralib"
 
@@ -49,7 +54,18 @@ class ConvLoRA(Delta):
     usual_sites = "conv"
     reasons = {"layers": "the form is a view of a kernel; at a 1×1 kernel or a linear layer it is lora"}
 
+    @classmethod
+    def places(cls, model: nn.Module, sites: list[Site], fields: dict[str, Any]) -> list[Site]:
+        """The selected convolutions; each of ``ranks`` must fit one."""
+        chosen = super().places(model, sites, fields)
+        for glob, r in map(_parsed, fields["ranks"]):
+            if chosen and not any(_fits(s.path, glob) for s in chosen):
+                raise UserError(f"conv-lora: ranks has '{glob}={r}', and no selected convolution's path fits {glob!r}")
+        return chosen
+
     def slots(self) -> Iterable[Slot]:
+        own = (r for glob, r in map(_parsed, self.ranks) if _fits(self.site.path, glob))
+        self.rank = next(own, self.rank)
         out, inn = self.site.out_features, self.site.in_features
         kh = self._height()
         yield Slot("A", "factor_a", (self.rank * kh, inn // kh), kaiming_uniform)
@@ -88,3 +104,15 @@ class ConvLoRA(Delta):
         """kh: 1 at a Conv1d and in the form of two convolutions, whose factors see the dense view."""
         kernel = self.site.module.kernel_size
         return kernel[0] if self.form == "loralib" and len(kernel) == 2 else 1
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    """(glob, rank) of ``GLOB=r``."""
+    glob, _, number = text.rpartition("=")
+    if not glob or not number.isdecimal() or int(number) < 1:
+        raise UserError(f"conv-lora: ranks holds {text!r}; a glob, = and a rank of at least 1 were expected: 'head*=8'")
+    return glob, int(number)
+
+
+def _fits(path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob) or fnmatchcase(path, f"*.{glob}")
