@@ -31,6 +31,12 @@ SUMS = [
     "dora+eva+lora-ggpo+pego(slices=2)",
     "lst(reduction=2)",
     "sherl",
+    "lora+glad",
+    "lora+glad(mode='align', every=2)",
+    "gaussian-lora(noise='weight')+abmll(inner_steps=2)",  # noise on outputs asks which rows share a pass
+    "lora+canonical",
+    "lora+m-fac(window=3)",
+    "lora+man(blocks=2)",
 ]
 
 
@@ -43,4 +49,8 @@ def attached(recipe, **model):
     ids = torch.arange(1, 41).view(2, 20)
     ranked = any("rank" in fields_of(p.method.cls) and "rank" not in p.fields for p in parse(recipe).parts)
     calibration = [{"input_ids": ids, "labels": ids}, {"input_ids": ids + 1, "labels": ids + 1}]
-    return veneer.attach(llama(**model), recipe, rank=4 if ranked else None, calibration=calibration, sites="linear")
+    adapter = veneer.attach(llama(**model), recipe, rank=4 if ranked else None, calibration=calibration, sites="linear")
+    for hook in adapter.hooks:
+        if hook.name == "canonical":  # these models have no tokenizer to read a background with
+            hook.hold(calibration, calibration[:1])
+    return adapter

@@ -16,10 +16,22 @@ from veneer.train.loop import fit
 
 SIZE = 4
 RUN = {"steps": STEPS, "accumulate": 2, "lr": 1e-2, "clip": 0.1, "warmup": 0, "precision": "fp32"}
-BY_TRL = ("lora+eva", "dora+eva", "increlora", "lora+lora-pro(", "galore(rank=4, gap=3, bits", "full+owlore", "sherl")
+BY_TRL = (
+    "lora+eva",
+    "dora+eva",
+    "increlora",
+    "lora+lora-pro(",
+    "galore(rank=4, gap=3, bits",
+    "full+owlore",
+    "sherl",
+    "lora+glad(",
+    "gaussian-lora",
+    "lora+canonical",
+    "lora+m",
+)
 PHASED = ("diffora", "pc-darts")  # of which a trainer runs one phase a train()
 # Whose loss and decisions are means over rows, so that a batch in two halves gives what the whole one gives.
-BY_ROWS = [s for s in SUMS if s not in PHASED and "ba-lora" not in s]
+BY_ROWS = [s for s in SUMS if s not in PHASED and not any(n in s for n in ("ba-lora", "abmll"))]
 TRAINED = {}  # by recipe: the losses and the tensors of the loop
 
 
