@@ -16,6 +16,7 @@ from typing import Any
 from bench import memory_formulas as formulas
 from bench.harness import Report, figure, fresh, main, parser
 from bench.memory_kept import MEGABYTE, kept
+from bench.pieces import can_add, earlier
 from bench.step import QUICK_SHAPE, RANK, SHAPE, base_model, batch
 
 CASES = {
@@ -44,7 +45,11 @@ def measure(options: argparse.Namespace) -> Report:
     shape = QUICK_SHAPE if options.quick else SHAPE
     known = {m.name for m in registry.methods()}
     cases = {label: recipe for label, recipe in CASES.items() if recipe.split("(")[0].split("+")[0] in known}
-    found = {label: fresh("bench.memory", "--case", label, *(["--quick"] if options.quick else [])) for label in cases}
+    settings = {"dtype": "bfloat16", "shape": list(shape), "steps": STEPS, "recipes": cases}
+    made = earlier("memory", settings) if options.add else {}
+    for label in options.only or cases:
+        made[label] = fresh("bench.memory", "--case", label, *(["--quick"] if options.quick else []))
+    found = {label: made[label] for label in cases if label in made}
     figures = []
     for label, one in found.items():
         for what, name in (("state", "state"), ("kept", "kept for backward")):
@@ -53,7 +58,6 @@ def measure(options: argparse.Namespace) -> Report:
             figures.append(figure(f"{label}: {name}", one[what] / MEGABYTE, "MB", note=note))
             figures.append(figure(f"{label}: {name} off its formula", abs(one[what] / formula - 1), at_most=TOLERANCE))
         figures.append(figure(f"{label}: peak anonymous memory", one["peak"] / MEGABYTE, "MB"))
-    settings = {"dtype": "bfloat16", "shape": list(shape), "steps": STEPS, "recipes": cases}
     return Report(figures, found, settings)
 
 
@@ -123,6 +127,8 @@ if __name__ == "__main__":
     made = parser(__doc__)
     made.add_argument("--case", choices=list(CASES), help="measure this one in this process and write --out")
     made.add_argument("--out", type=Path, help="where --case writes its JSON")
+    made.add_argument("--only", nargs="+", choices=list(CASES), help="some of the cases")
+    can_add(made)
     chosen = made.parse_args()
     if chosen.case:
         chosen.out.write_text(json.dumps(one(chosen.case, chosen.quick)), encoding="utf-8")

@@ -17,12 +17,15 @@ import gc
 from typing import Any
 
 from bench.harness import Figure, Report, alternate, figure, main, parser, ratios, repeats, say, seconds
+from bench.pieces import can_add, earlier
 from bench.step import MODEL, QUICK_SHAPE, RANK, RATE, SETTLE, SHAPE, base_model, batch
 
 PLAIN = "lora"
 RUN = 1000  # steps of the schedule, of which a few are taken
 GROWING = 0.6  # share of a run in which IncreLoRA scores its sites
 START = RANK  # the rank that every allocator starts from
+
+SCORED, OTHER = "increlora, scored step", "increlora, other step"
 
 CASES = {
     "lora-pro": "lora+lora-pro",
@@ -35,8 +38,8 @@ CASES = {
     "dynamic-rank": "dynamic-rank",
     "dylora": "dylora",
     "triadaptlora": "triadaptlora",
-    "increlora, scored step": f"increlora+increlora-ranks(rank={START}, scores={RUN})",
-    "increlora, other step": f"increlora(grown=2, width={START // 2})+increlora-ranks(rank={START})",
+    SCORED: f"increlora+increlora-ranks(rank={START}, scores={RUN})",
+    OTHER: f"increlora(grown=2, width={START // 2})+increlora-ranks(rank={START})",
     "full": "full",
     "galore": "galore",
     "galore, randomised": "galore(svd='randomized')",
@@ -53,38 +56,46 @@ PERIOD, REFRESH = 200, 0.10
 def measure(options: argparse.Namespace) -> Report:
     """Seconds of every case and of the plain one beside it, and their ratios."""
     rows, rounds = batch(*(QUICK_SHAPE if options.quick else SHAPE)), repeats(options)
+    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK, "shape": list(rows["input_ids"].shape)}
+    settings |= {"quick": options.quick, "recipes": CASES}
+    samples: dict[str, Any] = earlier("optim", settings) if options.add else {}
     plain = training(rows, "lora").take_step
-    figures: list[Figure] = []
-    samples: dict[str, Any] = {}
-    for label, recipe in CASES.items():
+    for label in options.only or CASES:
         say(f"optim: {label}")
-        run = training(rows, recipe)
+        run = training(rows, CASES[label])
         first = seconds(run.take_step)
         timed = {PLAIN: lambda: seconds(plain), label: lambda step=run.take_step: seconds(step)}
         found = alternate(timed, rounds, warm_up=1, settle=0 if options.quick else SETTLE)
         samples[label] = found | {"first": first}
-        over = ratios(found[label], found[PLAIN])
-        figures.append(figure(f"{label}, over LoRA with AdamW", over, at_most=TARGETS.get(label)))
-        if label == "increlora, scored step":
+        if label == SCORED:
             samples[label] |= growth(run)
         del run, timed
         gc.collect()
-    figures += spread(samples)
-    settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK, "shape": list(rows["input_ids"].shape)}
-    return Report(figures, samples, settings | {"recipes": CASES})
+    ordered = {label: samples[label] for label in CASES if label in samples}
+    return Report([*steps(ordered), *spread(ordered)], ordered, settings)
+
+
+def steps(samples: dict[str, Any]) -> list[Figure]:
+    """A step of each case over the plain one's of the round."""
+    return [
+        figure(f"{label}, over LoRA with AdamW", ratios(s[label], s[PLAIN]), at_most=TARGETS.get(label))
+        for label, s in samples.items()
+    ]
 
 
 def spread(samples: dict[str, Any]) -> list[Figure]:
     """What happens now and then, in the terms of the steps between."""
-    scored, other = (samples[f"increlora, {kind} step"] for kind in ("scored", "other"))
-    a, b = (ratios(s[label], s[PLAIN]) for label, s in samples.items() if label.startswith("increlora"))
-    share, often = GROWING * scored["scores"] / scored["every"], GROWING / scored["every"]
-    mean = [y + share * (x - y) + often * scored["growth"] / s for x, y, s in zip(a, b, other[PLAIN])]
-    figures = [figure("increlora, over LoRA with AdamW, amortised", mean, at_most=1.05)]
+    figures = []
+    if SCORED in samples and OTHER in samples:
+        scored, other = samples[SCORED], samples[OTHER]
+        a, b = ratios(scored[SCORED], scored[PLAIN]), ratios(other[OTHER], other[PLAIN])
+        share, often = GROWING * scored["scores"] / scored["every"], GROWING / scored["every"]
+        mean = [y + share * (x - y) + often * scored["growth"] / s for x, y, s in zip(a, b, other[PLAIN])]
+        figures.append(figure("increlora, over LoRA with AdamW, amortised", mean, at_most=1.05))
     for label in ("galore", "galore, randomised"):
-        usual = samples[label][label]
-        share = [(samples[label]["first"] - s) / (PERIOD * s) for s in usual]
-        figures.append(figure(f"{label}: decompositions, share of a period", share, at_most=REFRESH))
+        if label in samples:
+            share = [(samples[label]["first"] - s) / (PERIOD * s) for s in samples[label][label]]
+            figures.append(figure(f"{label}: decompositions, share of a period", share, at_most=REFRESH))
     return figures
 
 
@@ -116,4 +127,7 @@ def growth(run: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("optim", measure, parser(__doc__).parse_args())
+    made = parser(__doc__)
+    made.add_argument("--only", nargs="+", choices=list(CASES), help="some of the cases")
+    can_add(made)
+    main("optim", measure, made.parse_args())
