@@ -1,6 +1,6 @@
 """Canonical examples (arXiv:2402.06155): edits by LoRA and of all weights, under one budget of drift.
 
-The base copies strings of letters or gives each letter's successor. It shall say 7 where it would copy a 3. Ten simple
+The base copies strings of letters or gives each letter's successor. It shall say 7 where it would copy a 3. Simple
 examples show that, a 3 before one other letter five times; the test asks for it at other places of random strings.
 General are strings of both tasks that the edit does not concern.
 """
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.claims.harness import Claim, Trial, With
+from bench.claims.harness import Claim, Results, Trial, With
 from bench.claims.tasks import Task
 from bench.claims.texts import LENGTH, LETTERS, MAPS, Letters
-from bench.claims.verdicts import above
+from bench.claims.verdicts import Finding, above
 from veneer.core.adapter import adapters
 from veneer.objectives.canonical import BEHAVIOURS, padded
 
@@ -44,9 +44,12 @@ def row(name: str, w: list[int], answer: list[int]) -> list[int]:
 class Edit(Task):
     """The share of hard examples that succeed, among adapters within the budget."""
 
-    shots: int = 10
+    shots: int = 3
 
-    words = "one copied letter becomes another, Llama 64×2, 10 simple examples, success on hard ones"
+    @property
+    def words(self) -> str:
+        """The task in words."""
+        return f"one copied letter becomes another, Llama 64×2, {self.shots} simple examples, success on hard ones"
 
     @property
     def fit(self) -> dict[str, Any]:
@@ -105,6 +108,13 @@ def edit(trial: Trial) -> None:
     trial.fit(adapter, loss=EDIT.loss)
 
 
+def oftener(results: Results) -> Finding:
+    """LoRA above all weights; nothing can be told where both always succeed."""
+    found = above("lora", "full")(results)
+    always = min(results.values("lora") + results.values("full")) == 1.0
+    return Finding(None, f"{found.words}; both always succeed") if always else found
+
+
 CLAIM = Claim(
     number=89,
     name="canonical",
@@ -117,11 +127,12 @@ CLAIM = Claim(
             function=edit, form="lora(alpha=27.0)+canonical(weight=0.0, budget=1e-4)", where=("up", "down")
         ),
     },
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     seeds=3,
     sweep_seeds=1,
-    rule=above("lora", "full"),
-    note="e = 1e-4, λ = 1. The paper's vectors of senses, its best, need a Backpack model and are not tried.",
+    rule=oftener,
+    note="e = 1e-4, λ = 1. With ten simple examples both always succeeded, so three are given. The paper's vectors of "
+    "senses, its best, need a Backpack model and are not tried.",
 )
 
 if __name__ == "__main__":
