@@ -180,7 +180,7 @@ def scores(report: dict[str, Any], title: str = "") -> Figure:
         axes.plot([row["M_base"] for row in layers], color=ACCENT, linestyle="--", label="without the adapter")
     axes.set(xlabel="attention layer", ylabel="score before softmax", ylim=(0, None))
     axes.set_title(title or "Attention scores and the threshold of fast gradients", loc="left", fontsize=11)
-    axes.legend(frameon=False, ncols=2)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -25,7 +25,8 @@ Record = Mapping[str, Any]
 def escaped(text: str) -> str:
     """Text in which Markdown finds nothing of its own; what stands between double backticks becomes code."""
     parts = re.split(r"``(.+?)``", text, flags=re.S)
-    return "".join(f"`{part}`" if k % 2 else re.sub(r"([*_<\[\]#|\\])", r"\\\1", part) for k, part in enumerate(parts))
+    plain = [re.sub(r"([*_\[\]#|\\])", r"\\\1", part).replace("<", "&lt;") for part in parts]
+    return "".join(f"`{part}`" if k % 2 else plain[k] for k, part in enumerate(parts))
 
 
 def markdown(docstring: str) -> str:
@@ -251,7 +252,7 @@ def benches_table(found: Sequence[Record]) -> list[str]:
     for record in found:
         for line in record.get("figures", ()) if not record.get("quick") else ():
             value = f"{line['value']:.4g} {line['unit']}".strip()
-            spread = f"{line['low']:.4g} – {line['high']:.4g}" if line["runs"] > 1 else ""
+            spread = f"{line['low']:.4g}\u00a0–\u00a0{line['high']:.4g}" if line["runs"] > 1 else ""
             target = f"{line['target']} ({'met' if line['met'] else 'missed'})" if line["target"] else ""
             rows.append([record["name"], escaped(line["what"]), value, spread, str(line["runs"]), target])
     return table(("bench", "what", "measured", "quartiles", "runs", "target"), rows, (2, 3, 4))
