@@ -113,10 +113,10 @@ class Planner:
         )
         start = time.perf_counter() - began
         give_back()
+        standing = self._loaded + anonymous_memory() - before
         try:
             trained = adapter.parameter_count()
             facts = {"parameters": trained, "adapter_bytes": _bytes(adapter.state()), "optimizer_bytes": 8 * trained}
-            standing = self._loaded + anonymous_memory() - before
             least = standing + (STATE - 4) * trained
             if room is not None and least > ROOM * room:
                 return Forecast(job, **facts, memory=least, step=float("nan"), start=start, probed=False)
