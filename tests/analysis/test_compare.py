@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def test_a_process_that_is_killed_loses_at_most_one_run(setting, tmp_path):
     process = subprocess.Popen(command, **quiet)
     while process.poll() is None and not (record.exists() and record.read_text().endswith("\n")):
         time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.6))  # anywhere in the next runs
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = [line for line in record.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -184,12 +186,27 @@ def test_the_command_leaves_table_plots_and_one_page_without_links(setting, tmp_
         (["lora", "--steps", "3", "--tokens", "5"], "one budget"),
         (["lora", "--general", "nowhere.txt"], "nowhere.txt"),
         (["lora", "--parameters", "3", "--steps", "1"], "rank 1 trains"),
+        (["lora(ranck=4)"], 'did you mean "rank"'),
+        (["lora+dora"], "at most one delta"),
+        (["lora", "--steps", "0"], "--steps"),
+        (["lora", "--seconds", "0"], "--seconds"),
+        (["lora", "--seeds", "0"], "--seeds"),
+        (["lora", "--steps", "many"], "valid integer"),
+        (["lora", "--lr", "-1"], "lr"),
+        (["lora", "--sites", "nowhere"], "nowhere"),
+        (["lora", "--template", "no place"], "no place"),
+        (["lora", "--task", "clasification"], "clasification"),
+        (["lora", "--task", "classification"], "expected text"),
+        (["lora", "--model", "nowhere"], "nowhere"),
+        (["lora", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["lora", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([], "recipes"),
     ],
 )
 def test_mistakes_are_one_sentence(setting, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as stop:
         main.run(
-            ["compare", *arguments, "--model", setting.model, "--data", setting.data, "--out", str(tmp_path / "o")]
+            ["compare", "--model", setting.model, "--data", setting.data, "--out", str(tmp_path / "o"), *arguments]
         )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and said in error and error.count("\n") == 1

@@ -160,3 +160,25 @@ def test_plan_says_what_fits_and_refuses_what_does_not(model, capsys):
     assert veneer("plan", "lora", "full", "--model", model, "--length", 16, "--batch-size", 2) == 0
     assert "peak memory" in capsys.readouterr().out
     assert veneer("plan", "full", "--model", model, "--length", 16, "--memory", "1k") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["lorra"], 'did you mean "lora"'),
+        (["lora(ranck=4)"], 'did you mean "rank"'),
+        (["lora", "--memory", "lots"], "--memory lots"),
+        (["lora", "--batch-size", "0"], "--batch-size"),
+        (["lora", "--epochs", "0"], "epochs"),
+        (["lora", "--sites", "nowhere"], "nowhere"),
+        (["lora", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["lora", "--model", "nowhere"], "nowhere"),
+        (["lora", "--task", "clasification"], "clasification"),
+        (["lora", "--length", "64", "--data", "rows.jsonl"], "both given"),
+        ([], "recipes"),
+    ],
+)
+def test_plan_says_in_one_sentence_what_it_cannot_plan(options, words, model, capsys):
+    assert veneer("plan", "--model", model, *options) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
