@@ -82,7 +82,7 @@ def test_quick_benches_are_not_listed():
         "machine": {"processor": "P", "cores": 2},
         "versions": {"torch": "2"},
     }
-    assert pages.benches_table([record])[2] == "| step | a step | 0.5 | 0.4 – 0.6 | 7 | ≤ 1 (met) |"
+    assert pages.benches_table([record])[2] == "| step | a step | 0.5 | 0.4\u00a0–\u00a00.6 | 7 | ≤ 1 (met) |"
     assert len(pages.benches_table([record | {"quick": True}])) == 2
     assert pages.machines([record]) == "P, 2 cores, torch 2"
 
