@@ -15,7 +15,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=8, alpha=16)"),
         "lora of rank 1": With("lora(rank=1, alpha=2)"),
     },
-    rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     seeds=5,
     rule=above("lokr", "lora of rank 1"),
 )

@@ -18,7 +18,7 @@ CLAIM = Claim(
         "lora": With("lora(rank=2, alpha=4)", **SITES),
         "full": With("full", **SITES),
     },
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     rule=every(below("fira", "galore", on="train_loss"), above("fira", "galore")),
 )

@@ -23,7 +23,7 @@ CLAIM = Claim(
         "lr-batch": With("lora+lr-batch(reference=8)", task=LARGE, **LORA),
         "as it is": With("lora", task=LARGE, **LORA),
     },
-    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     rule=carried,
     note="320 steps of 8 rows, 80 of 128.",

@@ -20,7 +20,7 @@ CLAIM = Claim(
         "sherl on minilm": With(SHERL, **ONCE),
         "lora on minilm": With(LORA, **ONCE),
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     sweep_seeds=1,
     measures={"kept_16x64": kept_16x64},
