@@ -26,6 +26,7 @@ SUMS = [
     "full+lisa(blocks=1, period=2)",
     "full+owlore(blocks=1, period=2)+galore(rank=4, gap=3)",
     "lora+ba-lora",
+    "lora+ba-lora(svd=0.0)",
     "lora+pego",
     "lora+eva+adalora+ba-lora",
     "dora+eva+lora-ggpo+pego(slices=2)",

@@ -31,7 +31,7 @@ BY_TRL = (
 )
 PHASED = ("diffora", "pc-darts")  # of which a trainer runs one phase a train()
 # Whose loss and decisions are means over rows, so that a batch in two halves gives what the whole one gives.
-BY_ROWS = [s for s in SUMS if s not in PHASED and not any(n in s for n in ("ba-lora", "abmll"))]
+BY_ROWS = [s for s in SUMS if s not in PHASED and not s.endswith("ba-lora") and "abmll" not in s]
 TRAINED = {}  # by recipe: the losses and the tensors of the loop
 
 
