@@ -12,6 +12,7 @@ from veneer.core.hook import Objective, Run
 from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.parts.whole_gradients import refuse_sharded
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -96,8 +97,7 @@ class GLAD(Objective):
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
         self.processes = schedule.processes
-        if any(hasattr(p, "to_local") for p in adapter.parameters()):
-            raise UserError("glad measures whole gradients, and these are sharded; train without FSDP")
+        refuse_sharded(self.name, adapter.parameters())
 
     def before_step(self, step: int) -> None:
         """Whether this step is steered; at ρ = 0, or with λ = 0 in the modes that have one, g is all there is."""

@@ -14,6 +14,7 @@ from veneer.core.registry import method
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.products import product
+from veneer.parts.whole_gradients import loss_of
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -193,10 +194,7 @@ class WeightSpaceAdam(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the gradients stay as they were."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         taken: list[tuple[nn.Parameter, Tensor]] = []
         for p in (p for _, *pair, _ in self.method.adapter.pairs() for p in pair):

@@ -14,6 +14,7 @@ from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics.fisher import BlockFisherInverse, FisherInverse, obs_prune
 from veneer.parts.modes import in_mode
+from veneer.parts.whole_gradients import loss_of, refuse_sharded
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -60,8 +61,7 @@ class MFAC(Optim):
     usual_rate = 1e-2
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        if any(hasattr(p, "to_local") for group in groups for p in group["params"]):
-            raise UserError("m-fac works on whole gradients, and these are sharded; train without FSDP")
+        refuse_sharded(self.name, (p for group in groups for p in group["params"]))
         self.restored = 1.0
         return MFACSGD(groups, self)
 
@@ -93,10 +93,7 @@ class MFACSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every window that has a gradient; tensors without one count as zeros in it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for members in self._windows().values():
             if any(p.grad is not None for p, _ in members):
                 self._step(members)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.core.hook import Optim
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.parts.whole_gradients import loss_of, refuse_sharded
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -45,8 +46,7 @@ class TensorSteps(Optim):
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         names = {p: name for name, p in self.adapter.named_parameters()}
-        if any(hasattr(p, "to_local") for p in names):
-            raise UserError(f"{self.name} works on whole gradients, and these are sharded; train without FSDP")
+        refuse_sharded(self.name, names)
         return self.stepper(groups, names)
 
     def on_start(self, adapter: Adapter, schedule: Schedule) -> None:
@@ -98,10 +98,7 @@ class TensorOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every tensor that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
