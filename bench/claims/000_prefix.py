@@ -16,6 +16,7 @@ CLAIM = Claim(
     },
     rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     seeds=3,
+    sweep_seeds=1,
     rule=below("prefix", "prompt"),
 )
 
