@@ -32,7 +32,7 @@ PAGE = """<!doctype html>
   .talk p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; padding: .45rem .8rem;
             border-radius: .9rem; max-width: 65ch; }
   .user { background: var(--tint); align-self: flex-end; border-bottom-right-radius: .25rem; }
-  .answer { padding-left: .2rem; }
+  .talk .answer { padding-left: .2rem; }
   .answer:empty::before { content: "…"; color: var(--faint); }
   .fault { color: var(--fault); }
   .note { font-size: .8rem; color: var(--faint); padding: 0 .95rem .4rem; min-height: 1.6rem; }
