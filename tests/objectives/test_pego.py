@@ -128,7 +128,12 @@ def test_without_weight_it_is_lora_and_with_it_the_penalties_end_lower():
 
 
 @pytest.mark.parametrize(
-    "recipe, says", [("bitfit+pego", "plain pairs"), ("lora(rank=8)+pego(slices=9)", "no 9 slices")]
+    "recipe, says",
+    [
+        ("bitfit+pego", "wants one plain pair"),
+        ("lora+sora+pego", "has none"),
+        ("lora(rank=8)+pego(slices=9)", "no 9 slices"),
+    ],
 )
 def test_what_has_no_slices_is_refused(recipe, says):
     with pytest.raises(UserError, match=says):

@@ -57,7 +57,7 @@ def penalties(W: Tensor, A: list[Tensor], B: list[Tensor], norm: str = "l1") -> 
     return preserve, diversify
 
 
-@method("pego", axis="objective", paper="arXiv:2407.15085", system=116, defaults="lora")
+@method("pego", axis="objective", paper="arXiv:2407.15085", system=116, wants=("pair",), defaults="lora")
 class PEGO(Objective):
     """Preserve and diversify, for domains that training did not see (Hu et al. 2024).
 

@@ -120,7 +120,12 @@ def alone(method: Any) -> str:
 
 
 def _peft(method: Any) -> str:
-    known = getattr(method.cls, "peft", None)
+    from veneer.io import peft_mixture
+    from veneer.io.peft_config import read_map
+
+    if method.cls is peft_mixture.XLoRA:
+        return f"{peft_mixture.KIND}, read and written"
+    known = read_map(method)
     if known is None:
         return ""
     return f"{known.type}, read and written" if known.write else f"{known.type}, read; written as plain LoRA"
