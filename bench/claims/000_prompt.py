@@ -1,8 +1,21 @@
 """Prompt tuning (arXiv:2104.08691): soft tokens, and where they start."""
 
-from bench.claims.harness import Claim, With
-from bench.claims.texts import Letters
-from bench.claims.verdicts import below
+import math
+
+from bench.claims.harness import Claim, Results, With
+from bench.claims.texts import LETTERS, Letters
+from bench.claims.verdicts import Finding, below, spread
+
+CHANCE = math.log(LETTERS)
+
+
+def judged(results: Results) -> Finding:
+    """Which start is better says something only where soft tokens learn the task at all."""
+    losses = results.values("prompt")
+    if min(losses) > CHANCE:
+        return Finding(None, f"soft tokens learn nothing here: test {spread(losses)}, chance {CHANCE:.3g}")
+    return below("prompt", "prompt, uniform")(results)
+
 
 CLAIM = Claim(
     number=0,
@@ -17,7 +30,7 @@ CLAIM = Claim(
     rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     seeds=3,
     sweep_seeds=1,
-    rule=below("prompt", "prompt, uniform"),
+    rule=judged,
     note="That prompts equal training the whole model is the paper's claim for ten thousand million parameters; LoRA "
     "stands here for how far away that is.",
 )
