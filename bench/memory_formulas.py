@@ -87,8 +87,8 @@ class Sizes:
 
     @property
     def turns(self) -> int:
-        """Cosines and the sines of the way back, for all heads; once for all blocks."""
-        return self.c * 2 * self.tokens * self.q
+        """Cosines and the sines of the way back, for all heads of queries and keys; once for all blocks."""
+        return self.c * 2 * self.tokens * (self.q + self.k)
 
 
 def trunk(s: Sizes, first: int = 0, own: int | None = None) -> int:

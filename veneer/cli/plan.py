@@ -26,7 +26,7 @@ def command(
     task: Annotated[
         str | None, typer.Option(help="What the model learns.", show_default="seen from the data, or the model's own")
     ] = None,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over --data.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over --data.")] = 1.0,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank where a recipe leaves it open.", show_default="the form's own")
     ] = None,
@@ -53,6 +53,8 @@ def command(
     ranks = {recipe: rank if takes_rank(parse(recipe)) else None for recipe in recipes}
     if data is not None and length is not None:
         raise UserError(f"--length {length} and --data were both given; the data's rows have their own lengths")
+    if epochs <= 0:
+        raise UserError(f"--epochs {epochs:g} passes over nothing: give a number above 0")
     rows = None if data is None else read_rows(data)
     examples = None if rows is None else model_and_examples(model, rows, task=task)[1]
 
