@@ -18,7 +18,8 @@ from veneer.train.display import Silent
 
 DRAWN = 30
 FIT = {"batch_size": 4, "steps": 5, "lr": 5e-3, "precision": "fp32", "task": "causal"}
-SHORT = ("flexora", "colora", "n2n", "s2ft", "miss-mini")  # with a search, or shares, fit for a tiny model
+# With a search, shares or slices for a tiny model.
+SMALL = {n: EXAMPLES[n] for n in ("flexora", "colora", "n2n", "s2ft", "miss-mini")} | {"pego": "pego(slices=1)"}
 ran, refused = [], []
 
 
@@ -54,7 +55,7 @@ def recipes(draw):
             parts.append(choice)
             given_ |= set(choice.gives)
     return (
-        "+".join(EXAMPLES[m.name] if m.name in SHORT else m.name for m in parts),
+        "+".join(SMALL.get(m.name, m.name) for m in parts),
         draw(st.sampled_from([1, 2, 4])),
         draw(st.sampled_from(["linear", "attention", "mlp"])),
         draw(st.integers(0, 99)),
