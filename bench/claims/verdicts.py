@@ -119,6 +119,18 @@ def at_most(label: str, bound: float, on: str = "test", rate: float | None = Non
     return rule
 
 
+def once_learned(label: str, chance: float, rule: Rule) -> Rule:
+    """``rule``, where some run ends below the loss of guessing; where none does nothing can be told."""
+
+    def judged(results: Results) -> Finding:
+        losses = results.values(label)
+        if min(losses) > chance:
+            return Finding(None, f"{label} learn nothing here: test {spread(losses)}, chance {chance:.3g}")
+        return rule(results)
+
+    return judged
+
+
 def every(*rules: Rule) -> Rule:
     """All rules hold; one that cannot tell makes the whole unable to, unless another fails."""
 

@@ -40,13 +40,13 @@ class NF4(Storage):
         Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], At(doc="weights that share a scale", unit="weights")
     ] = 64
     double_quant: Annotated[bool, At(doc="keep the scales in 8 bits")] = True
-    only: Annotated[tuple[str, ...], At(doc="paths of the layers to convert, or their ends after a dot")] = ()
+    only: Annotated[tuple[str, ...], At(doc="paths of the layers to convert, or their last parts; globs too")] = ()
 
     def places(self, sites: list[Site]) -> list[Site]:
         """The sites whose layers run as a plain linear layer or transformers' Conv1D does."""
         chosen = [s for s in sites if s.kind == "linear" and (s.transposed or _is_plain(s.module))]
         if self.only:
-            chosen = [s for s in chosen if any(_ends(s.module_path, n) for n in self.only)]
+            chosen = [s for s in chosen if any(s.named(n) for n in self.only)]
         busy = next((s for s in chosen if isinstance(s.module, Adapted)), None)
         if busy is not None:
             raise UserError(f"nf4 converts the base, but {busy.path} has an adapter already: detach it first")
@@ -170,10 +170,6 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does, from a dense weight of its own."""
     own = type(module)._veneer_base if isinstance(module, Adapted) else type(module)
     return own.forward is nn.Linear.forward and module._parameters.get("weight") is not None
-
-
-def _ends(path: str, name: str) -> bool:
-    return f".{path}".endswith(f".{name}")
 
 
 register_storage(NF4Linear, lambda layer: layer.weight)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -61,6 +61,12 @@ class Site:
         if self.name is not None:
             return self.path.rpartition(".")[0]
         return self.path.partition("[")[0]
+
+    def named(self, name: str) -> bool:
+        """Whether a glob or a name fits the path or its last parts."""
+        paths = (f".{path}" for path in (self.path, self.module_path))
+        # a row part's brackets are no glob's: its name is compared as it stands
+        return any(p.endswith(f".{name}") or fnmatchcase(p, f"*.{name}") for p in paths)
 
     @property
     def transposed(self) -> bool:
@@ -240,7 +246,7 @@ def _matches(site: Site, name: str, head: nn.Module | None) -> bool:
         return re.search(name.removeprefix("re:"), site.path) is not None
     if name == site.role:
         return True
-    return any(p == name or p.endswith("." + name) or fnmatch.fnmatch(p, name) for p in (site.path, site.module_path))
+    return site.named(name)
 
 
 def _require(hits: list, name: str, sites: list[Site]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
@@ -59,12 +58,12 @@ class ConvLoRA(Delta):
         """The selected convolutions; each of ``ranks`` must fit one."""
         chosen = super().places(model, sites, fields)
         for glob, r in map(_parsed, fields["ranks"]):
-            if chosen and not any(_fits(s.path, glob) for s in chosen):
+            if chosen and not any(s.named(glob) for s in chosen):
                 raise UserError(f"conv-lora: ranks has '{glob}={r}', and no selected convolution's path fits {glob!r}")
         return chosen
 
     def slots(self) -> Iterable[Slot]:
-        own = (r for glob, r in map(_parsed, self.ranks) if _fits(self.site.path, glob))
+        own = (r for glob, r in map(_parsed, self.ranks) if self.site.named(glob))
         self.rank = next(own, self.rank)
         out, inn = self.site.out_features, self.site.in_features
         kh = self._height()
@@ -112,7 +111,3 @@ def _parsed(text: str) -> tuple[str, int]:
     if not glob or not number.isdecimal() or int(number) < 1:
         raise UserError(f"conv-lora: ranks holds {text!r}; a glob, = and a rank of at least 1 were expected: 'head*=8'")
     return glob, int(number)
-
-
-def _fits(path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob) or fnmatchcase(path, f"*.{glob}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 def orthogonality(factors: list[Tensor]) -> Tensor:
@@ -38,6 +39,7 @@ class _Orthogonality(Function):
         return torch.cat(norms).mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         found: dict[int, Tensor] = {}
         share = 2 * grad / sum(map(len, ctx.alike))
