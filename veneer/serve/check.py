@@ -12,7 +12,7 @@ import torch
 from veneer.errors import UserError
 from veneer.serve.cache import Batch, Piece
 from veneer.serve.layout import Layout
-from veneer.serve.mapped import resident
+from veneer.serve.mapped import resident, trim
 from veneer.serve.product import RUN, Run
 from veneer.serve.product import Plan as Product
 from veneer.serve.sampling import likeliest
@@ -105,6 +105,7 @@ def check(trunk: Trunk, root: Path | None, pages: int, batch: int = 32, chunk: i
         except (UserError, OSError) as error:
             refused[folder.name] = str(error)
     work = rehearse(trunk, batch, chunk, kinds, tokens)
+    trim()  # the pages that the rehearsal wrote
     return Plan(trunk.weight_bytes, work, trunk.page_bytes(tokens), pages, tokens, dict(sizes), refused)
 
 

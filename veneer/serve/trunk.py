@@ -23,7 +23,7 @@ from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.serve.cache import Batch
 from veneer.serve.layout import Groups
-from veneer.serve.mapped import give_back, ranges, within
+from veneer.serve.mapped import give_back, ranges, trim, within
 from veneer.serve.pool import PagePool
 from veneer.serve.product import Plan
 from veneer.serve.sizes import TILE, as_they_are, filled
@@ -127,8 +127,9 @@ class Trunk:
         self.give_back()
 
     def give_back(self) -> None:
-        """Take out of memory what is mapped from the model's file and was only read to be copied."""
+        """Take out of memory what was only read to be copied: mapped from the model's file, or freed since."""
         give_back(self.model.parameters())
+        trim()
 
     @property
     def weight_bytes(self) -> int:
