@@ -118,3 +118,20 @@ def test_a_row_of_zeros_stays_finite():
     y.square().sum().backward()
     assert torch.allclose(y[:, 0], layer.bias[0].expand(4))
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+
+
+def test_norms_follow_a_weight_that_a_fused_optimiser_trains():
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter = veneer.attach(model, "dora", rank=2, train=["0.weight"])
+    stirred(adapter)
+    optimiser = torch.optim.SGD([model[0].weight], lr=1.0, fused=True)
+    model(torch.randn(3, 6)).square().sum().backward()
+    writes = model[0].weight._version
+    optimiser.step()
+    assert model[0].weight._version == writes, "the optimiser counts its writes: this shows nothing"
+    x = torch.randn(3, 6)
+    y = model(x)
+    delta = adapter.deltas["0"]
+    with torch.no_grad():
+        W, b = delta.fold(model[0].weight, model[0].bias)
+        assert torch.allclose(y, product(x, W, b), atol=1e-6)

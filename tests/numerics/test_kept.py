@@ -56,3 +56,11 @@ def test_copies_start_empty():
         kept(lambda: 1, [torch.ones(1)])
         for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
             assert twin(lambda: 2, [torch.ones(1)]) == 2
+
+
+def test_nothing_is_kept_of_a_frozen_tensor_that_trains_after_all(setting):
+    calls, _, frozen, value = setting
+    frozen.requires_grad_()
+    with torch.no_grad():
+        value(), value()
+    assert len(calls) == 2

@@ -113,11 +113,14 @@ class DoRA(Delta):
 
     @torch.no_grad()
     def _norms(self, base: Base, A: Tensor, B: Tensor, s: float, own: bool) -> Tensor:
-        """n (out,) in fp32. The part that W alone decides is kept while W is the same tensor, unwritten."""
-        if not own:
-            W = base.weight()
+        """n (out,) in fp32. The part that W alone decides is kept while W is the same tensor, frozen and unwritten.
+
+        Of a W that trains nothing is kept: a fused optimiser writes past autograd's count of versions.
+        """
+        W = self.site.weight() if own else base.weight()
+        if not own or W.requires_grad:
+            self._squares = None
             return row_norms(row_squares(W), W, A, B, s)
-        W = self.site.weight()
         state = (W.data_ptr(), 0 if W.is_inference() else W._version)
         if self._squares is None or self._squares[0] != state:
             self._squares = (state, row_squares(W))

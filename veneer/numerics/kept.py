@@ -14,7 +14,8 @@ class Kept:
 
     Decoding runs a layer once a token: what is assembled from trained factors should not be assembled again each time.
     Trained tensors are compared by value, as they may be written past autograd's count of versions; frozen ones, which
-    are large, by storage and version. Copies and pickles start empty.
+    are large, by storage and version, and where one of them trains after all nothing is kept. Copies and pickles start
+    empty.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class Kept:
 
     def __call__(self, make: Callable[[], Any], trained: Sequence[Tensor], frozen: Sequence[Tensor] = ()) -> Any:
         """``make()``, or what it gave before."""
-        if torch.is_grad_enabled() or any(t.is_inference() for t in frozen):
+        if torch.is_grad_enabled() or any(t.is_inference() or t.requires_grad for t in frozen):
             self._seen = self._value = None
             return make()
         places = [(t.data_ptr(), t._version, t.dtype) for t in frozen]
