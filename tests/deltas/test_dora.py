@@ -120,18 +120,22 @@ def test_a_row_of_zeros_stays_finite():
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
 
 
-def test_norms_follow_a_weight_that_a_fused_optimiser_trains():
-    model = nn.Sequential(nn.Linear(6, 5))
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_norms_follow_a_weight_that_trains(dtype, error):
+    """A fused optimiser writes past autograd's count of versions."""
+    torch.manual_seed(0)
+    x, model = torch.randn(3, 6, dtype=dtype), nn.Sequential(nn.Linear(6, 5, dtype=dtype))
     adapter = veneer.attach(model, "dora", rank=2, train=["0.weight"])
     stirred(adapter)
-    optimiser = torch.optim.SGD([model[0].weight], lr=1.0, fused=True)
-    model(torch.randn(3, 6)).square().sum().backward()
-    writes = model[0].weight._version
-    optimiser.step()
-    assert model[0].weight._version == writes, "the optimiser counts its writes: this shows nothing"
-    x = torch.randn(3, 6)
-    y = model(x)
-    delta = adapter.deltas["0"]
+    optimiser = torch.optim.SGD(adapter.parameters(), lr=0.03, fused=True)
+    for _ in range(2):
+        model(x).float().square().sum().backward()
+        optimiser.step()
     with torch.no_grad():
-        W, b = delta.fold(model[0].weight, model[0].bias)
-        assert torch.allclose(y, product(x, W, b), atol=1e-6)
+        model(x)
+    optimiser.step()
+    W = dict(adapter.named_parameters())["train:0.weight"].to(dtype).float()
+    with torch.no_grad():
+        W, b = adapter.deltas["0"].fold(W, model[0].bias.float())
+        expected = product(x.float(), W, b)
+        assert (model(x) - expected).norm() <= error * expected.norm()

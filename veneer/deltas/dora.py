@@ -115,10 +115,12 @@ class DoRA(Delta):
     def _norms(self, base: Base, A: Tensor, B: Tensor, s: float, own: bool) -> Tensor:
         """n (out,) in fp32. The part that W alone decides is kept while W is the same tensor, frozen and unwritten.
 
-        Of a W that trains nothing is kept: a fused optimiser writes past autograd's count of versions.
+        Of a W that trains nothing is kept: a fused optimiser writes past autograd's count of versions, and what stands
+        for W in a forward may lie where another once lay.
         """
         W = self.site.weight() if own else base.weight()
-        if not own or W.requires_grad:
+        written = any(d.site.name is not None for d in getattr(self.site.module, "veneer", {}).values())
+        if not own or written or W.requires_grad:
             self._squares = None
             return row_norms(row_squares(W), W, A, B, s)
         state = (W.data_ptr(), 0 if W.is_inference() else W._version)
