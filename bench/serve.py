@@ -11,25 +11,25 @@ repeat after 64. ``--part`` runs one of the parts, each of less than three minut
 - latency: first tokens under gamma arrivals at 70 % of the measured rate, with 1,000 adapters;
 - loading: reading one adapter, by its bytes and by how many are registered;
 - memory: what ``--check`` promises against what a fresh process takes, all pages written;
-- vllm: exports read by vLLM's own reader, where that is installed;
-- llamacpp: llama.cpp's server with LoRA scaling by request, where llama-cpp-python is installed.
+- llama: beside llama.cpp's server with a LoRA for each request, where there is one (bench/serve_outside.py);
+- gguf: our GGUF files in llama.cpp, its log-probabilities against ours;
+- vllm: exports read by vLLM's own reader, where it imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from bench.harness import Report, alternate, figure, fresh, main, parser, ratios, repeats, say
-from veneer.errors import UserError
+from bench.serve_adapters import MODEL, OUTPUT, RANK, SITES, make, prompts, shapes, write_adapter
+from bench.serve_outside import gguf, llama, vllm
 
-MODEL, RANK, SITES = "smollm2-135m", 8, ("q_proj", "k_proj", "v_proj", "o_proj")
-PROMPT, OUTPUT, BATCH, DISTINCT, ALPHA, DEADLINE = 32, 32, 16, 64, 0.3, 6.0
+BATCH, ALPHA, DEADLINE = 16, 0.3, 6.0
 MOST, CHUNK = 2000, 512
 MEMORY = 1_200_000_000
 RESIDENT = {"rank 8": ((8,), 1_200_000_000), "ranks 4 to 64": ((4, 8, 16, 32, 64), 500_000_000)}
@@ -124,7 +124,8 @@ def loading(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
             began = time.perf_counter()
             loaded = engine.bank.loader.read(Entry("again", folder))
             taken.append((time.perf_counter() - began) * 1e3)
-            size = loaded.layout.numel * engine.pool.page_bytes / engine.pool.size / 1e6
+            loaded.packed.done()
+            size = loaded.packed.layout.numel * engine.pool.page_bytes / engine.pool.size / 1e6
         return taken[2:], size
 
     for count in (8, QUICK if options.quick else MOST):
@@ -211,137 +212,8 @@ def mixed_ranks(root: Path, ranks: tuple[int, ...]) -> Path:
     return made
 
 
-def vllm(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Adapters exported for vLLM, read by its own reader; LoRA, rsLoRA, DoRA and PiSSA."""
-    try:
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.peft_helper import PEFTHelper
-    except Exception as error:  # whatever its imports want
-        say(f"serve: vLLM's reader does not import ({' '.join(str(error).split())[:120]}); its part is left out")
-        return [], {}
-    from types import SimpleNamespace
-
-    import torch
-
-    import veneer
-    from veneer.io.vllm import most, write
-
-    read = {}
-    for recipe in ("lora(alpha=3)", "rslora", "dora", "lora+pissa"):
-        model, _ = veneer.load_model(MODEL, dtype=torch.float32, device="cpu")
-        adapter = veneer.attach(model, recipe, rank=RANK, sites="attention")
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p += torch.randn_like(p) * 0.01
-        with tempfile.TemporaryDirectory() as root:
-            done = write(adapter, Path(root) / "a", **({"rank": 32} if recipe == "dora" else {}))
-            helper = PEFTHelper.from_local_dir(str(done.path), None)
-            helper.validate_legal(SimpleNamespace(max_lora_rank=most(helper.r)))
-            theirs = LoRAModel.from_local_checkpoint(
-                str(done.path), set(SITES), peft_helper=helper, lora_model_id=1, device="cpu", dtype=torch.float32
-            )
-            read[recipe] = len(theirs.loras) == len(done.ranks) and all(
-                w.lora_a is not None and w.lora_b is not None and w.scaling == 1 for w in theirs.loras.values()
-            )
-    return [figure("forms that vLLM's reader takes", float(sum(read.values())), at_least=len(read))], read
-
-
-def llamacpp(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """llama.cpp with one LoRA, request by request, as its server batches none with different adapters."""
-    try:
-        import llama_cpp
-    except ImportError:
-        say("serve: llama-cpp-python is not installed; its part is left out")
-        return [], {}
-    import torch
-
-    import veneer
-
-    model, _ = veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")
-    gguf = options.folder / "base.gguf"
-    if not gguf.is_file():
-        raise UserError(f"llama.cpp needs the base as GGUF at {gguf}; convert it with llama.cpp's convert_hf_to_gguf")
-    adapter = options.folder / "adapter.gguf"
-    if not adapter.is_file():
-        veneer.load(model, options.folder / "a0", force=True).export(adapter, format="gguf")
-    theirs = llama_cpp.Llama(
-        str(gguf), lora_path=str(adapter), n_ctx=256, n_threads=torch.get_num_threads(), verbose=False
-    )
-    rows = prompts(4 if options.quick else BATCH)
-    engine = engine_over(base_trunk(), options.folder, BATCH)
-
-    def one_by_one() -> float:
-        began = time.perf_counter()
-        for row in rows:
-            theirs.reset()
-            for count, _ in enumerate(theirs.generate(row, temp=0.0), 1):
-                if count == OUTPUT:
-                    break
-        return len(rows) * OUTPUT / (time.perf_counter() - began)
-
-    cases = {"llama.cpp, one by one": one_by_one, "16 adapters": lambda: served(engine, rows, BATCH, [])}
-    samples = alternate(cases, options.repeats or 3, warm_up=0 if options.quick else 1)
-    over = ratios(samples["16 adapters"], samples["llama.cpp, one by one"])
-    figures = [figure("16 adapters over llama.cpp with one", over)]
-    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
-
-
-PARTS = {f.__name__: f for f in (base, peft, scale, counts, latency, loading, memory, vllm, llamacpp)}
+PARTS = {f.__name__: f for f in (base, peft, scale, counts, latency, loading, memory, llama, gguf, vllm)}
 QUICK = 16
-
-
-def make(folder: Path, count: int) -> None:
-    """PEFT folders ``a0`` …, hard links to ``DISTINCT`` different ones; those that are there stay."""
-    import torch
-
-    if (folder / f"a{count - 1}").is_dir():
-        return
-    import veneer
-
-    found = shapes(veneer.load_model(MODEL, dtype=torch.bfloat16, device="cpu")[0])
-    for n in range(count):
-        own = folder / f"a{n}"
-        if own.is_dir():
-            continue
-        if n < DISTINCT:
-            write_adapter(found, own, RANK, n)
-            continue
-        scratch = folder / f".a{n}"
-        scratch.mkdir(parents=True, exist_ok=True)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (scratch / name).unlink(missing_ok=True)
-            os.link(folder / f"a{n % DISTINCT}" / name, scratch / name)
-        scratch.rename(own)
-
-
-def shapes(model: Any) -> dict[str, tuple[int, int]]:
-    """(out, in) of every adapted layer."""
-    modules = model.named_modules()
-    return {path: tuple(m.weight.shape) for path, m in modules if path.rpartition(".")[2] in SITES}
-
-
-def write_adapter(layers: dict[str, tuple[int, int]], folder: Path, rank: int, seed: int) -> None:
-    """One adapter of random factors, as PEFT's folder."""
-    import torch
-    from safetensors.torch import save_file
-
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(SITES)}
-    g, tensors = torch.Generator().manual_seed(seed), {}
-    for path, (out, inputs) in layers.items():
-        for name, shape, size in (("A", (rank, inputs), inputs**-0.5), ("B", (out, rank), 0.02)):
-            key = f"base_model.model.{path}.lora_{name}.weight"
-            tensors[key] = (torch.randn(shape, generator=g) * size).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}), encoding="utf-8")
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Random tokens."""
-    import torch
-
-    g = torch.Generator().manual_seed(0)
-    return torch.randint(100, 40_000, (count, PROMPT), generator=g).tolist()
 
 
 def generated(model: Any, rows: list[list[int]], **extra: Any) -> float:
