@@ -8,23 +8,28 @@ from tiny import MODELS
 
 from veneer.errors import UserError
 from veneer.serve.engine import Engine, Limits
-from veneer.serve.layout import Piece, Place
+from veneer.serve.layout import Layout, Piece, Place
 from veneer.serve.policies.catalogue import POLICIES
 from veneer.serve.request import Request
+from veneer.serve.route import Packed
 from veneer.serve.simulate import gamma_power
-from veneer.serve.source import Found
 from veneer.serve.trunk import Trunk
 
 
 class Files:
     """Adapters without files: ranks by number; every seventh cannot be read."""
 
-    def read(self, folder):
+    def __init__(self, groups):
+        self.groups = groups
+
+    def packed(self, folder, size, dtype):
         number = int(folder.name)
         if number % 7 == 6:
             raise UserError(f"{folder} is damaged")
         rank = (4, 8, 16)[number % 3]
-        return Found({Place("o", 0, 32): Piece(torch.zeros(2, rank, 32), torch.zeros(2, 32, rank))}, "lora")
+        pieces = {Place("o", 0, 32): Piece(torch.zeros(2, rank, 32), torch.zeros(2, 32, rank))}
+        layout = Layout.of(pieces, self.groups)
+        return Packed(layout, layout.pack(pieces, size, dtype), "lora", rank)
 
 
 def accounted(engine):
@@ -39,14 +44,15 @@ def accounted(engine):
 def test_long_traffic_leaks_no_page(name, tmp_path):
     random.seed(0)
     now = [0.0]
+    trunk = Trunk(MODELS["llama"]())
     engine = Engine(
-        Trunk(MODELS["llama"]()),
+        trunk,
         120,
         tokens=4,
         policy=POLICIES[name](),
         limits=Limits(batch=6, chunk=32),
         threaded=False,
-        reader=Files(),
+        reader=Files(trunk.groups),
         clock=lambda: now[0],
     )
     rows = torch.randn(64, 89)

@@ -162,7 +162,7 @@ class Bank:
             if loaded.error is not None:
                 entry.state, entry.why = "failed", loaded.error
                 continue
-            need, last = loaded.layout.pages(self.pool.size), len(self.turn)
+            need, last = loaded.packed.layout.pages(self.pool.size), len(self.turn)
             if need > self.pool.pages // 2:
                 entry.state = "failed"
                 entry.why = (
@@ -218,13 +218,15 @@ class Bank:
 
     def _fill(self, entry: Entry, loaded: Loaded, pages: list[int]) -> None:
         index = torch.tensor(pages, device=self.pool.data[0].device)
-        for layer, numbers in zip(self.pool.data, loaded.packed):
+        packed = loaded.packed
+        for layer, numbers in zip(self.pool.data, packed.layers):
             layer.index_copy_(0, index, numbers.to(layer.device))
         entry.pages, entry.size, entry.state = pages, len(pages), "ready"
-        entry.form, entry.rank, entry.error = loaded.form, loaded.rank, loaded.lost
-        entry.tables = loaded.layout.tables(pages, self.pool.size)
+        entry.form, entry.rank, entry.error = packed.form, packed.rank, packed.error
+        entry.tables = packed.layout.tables(pages, self.pool.size)
         self.loads += 1
-        self.bytes_loaded += loaded.packed.numel() * loaded.packed.element_size()
+        self.bytes_loaded += packed.bytes
+        packed.done()
 
     def _drop(self, entry: Entry) -> None:
         self.pool.release(entry.pages)

@@ -93,7 +93,7 @@ class Engine:
         self.trunk, self.policy, self.limits, self.clock = trunk, policy or FCFS(), limits, clock
         self.pool = trunk.pool(pages, tokens)
         self.prefixes = Prefixes(self.pool)
-        loader = Loader(reader or Reader(trunk), trunk.groups, self.pool.size, trunk.dtype, threaded, notify)
+        loader = Loader(reader or Reader(trunk), self.pool.size, trunk.dtype, threaded, notify)
         self.bank = Bank(self.pool, loader, self.prefixes.evict, EVICTION[eviction])
         self.waiting: list[Request] = []
         self.running: list[Request] = []

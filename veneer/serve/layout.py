@@ -102,17 +102,11 @@ class Layout:
     def pack(self, pieces: Mapping[Place, Piece], size: int, dtype: torch.dtype) -> Tensor:
         """The pieces as (layers, pages, size)."""
         layers = next(iter(pieces.values())).A.shape[0]
-        out = torch.zeros(layers, self.pages(size) * size, dtype=dtype)
-        for group, begin in self.a.items():
-            inputs, width = self.groups.sizes[group][0], self.widths[group]
-            block = out[:, begin : begin + inputs * width].view(layers, inputs, width)
-            for place, piece in pieces.items():
-                if place.group == group:
-                    at, rank = self.columns[place]
-                    block[:, :, at : at + rank] = piece.A.transpose(1, 2)
+        out = self.blank(layers, size, dtype)
         for place, piece in pieces.items():
-            rows, begin = place.stop - place.start, self.b[place]
-            out[:, begin : begin + rows * piece.rank].view(layers, piece.rank, rows).copy_(piece.B.transpose(1, 2))
+            rows = place.stop - place.start
+            self.a_of(out, place).copy_(piece.A.transpose(1, 2))
+            self.b_of(out, place).copy_(piece.B.transpose(1, 2))
             bias, gain = _extras(piece)
             if bias is not None:
                 out[:, self.bias[place] : self.bias[place] + rows] = bias
@@ -120,14 +114,27 @@ class Layout:
                 out[:, self.gain[place] : self.gain[place] + rows] = gain - 1
         return out.view(layers, -1, size)
 
+    def blank(self, layers: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Zeros (layers, pages · size) to lay pieces into."""
+        return torch.zeros(layers, self.pages(size) * size, dtype=dtype)
+
+    def a_of(self, packed: Tensor, place: Place) -> Tensor:
+        """Where Aᵀ (layers, in, r) of a piece lies in (layers, numbers)."""
+        inputs, width, (at, rank) = self.groups.sizes[place.group][0], self.widths[place.group], self.columns[place]
+        begin = self.a[place.group]
+        return packed[:, begin : begin + inputs * width].view(-1, inputs, width)[:, :, at : at + rank]
+
+    def b_of(self, packed: Tensor, place: Place) -> Tensor:
+        """Where Bᵀ (layers, r, rows) of a piece lies in (layers, numbers)."""
+        rank, rows, begin = self.columns[place][1], place.stop - place.start, self.b[place]
+        return packed[:, begin : begin + rows * rank].view(-1, rank, rows)
+
     def unpack(self, packed: Tensor) -> dict[Place, Piece]:
         """The pieces back from (layers, pages, size)."""
         flat, found = packed.flatten(1), {}
-        for place, (at, rank) in self.columns.items():
-            inputs, width, rows = self.groups.sizes[place.group][0], self.widths[place.group], place.stop - place.start
-            begin = self.a[place.group]
-            A = flat[:, begin : begin + inputs * width].view(-1, inputs, width)[:, :, at : at + rank].transpose(1, 2)
-            B = flat[:, self.b[place] : self.b[place] + rows * rank].view(-1, rank, rows).transpose(1, 2)
+        for place in self.columns:
+            rows = place.stop - place.start
+            A, B = self.a_of(flat, place).transpose(1, 2), self.b_of(flat, place).transpose(1, 2)
             gain, bias = (flat[:, s[place] : s[place] + rows] if place in s else None for s in (self.gain, self.bias))
             found[place] = Piece(A, B, None if gain is None else gain + 1, bias)
         return found

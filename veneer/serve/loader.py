@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from veneer.errors import UserError
-from veneer.serve.layout import Groups, Layout
+from veneer.serve.route import Packed
 from veneer.serve.source import Reader
 
 
@@ -22,11 +21,7 @@ class Loaded:
     """What came of reading an entry's folder: its numbers ready for pages, or one sentence."""
 
     entry: Any
-    layout: Layout | None = None
-    packed: Tensor | None = None
-    form: str = ""
-    rank: int = 0
-    lost: float = 0.0
+    packed: Packed | None = None
     error: str | None = None
 
 
@@ -34,7 +29,7 @@ class Loader:
     """Reads in the order of asking.
 
     Args:
-        reader, groups, size, dtype: how numbers are laid out for the pool.
+        reader, size, dtype: how numbers are laid out for the pool.
         threaded: False reads at once, in the caller's thread.
         notify: called, in the loader's thread, when something has been read.
     """
@@ -42,20 +37,23 @@ class Loader:
     def __init__(
         self,
         reader: Reader,
-        groups: Groups,
         size: int,
         dtype: torch.dtype,
         threaded: bool = True,
         notify: Callable[[], None] | None = None,
     ) -> None:
-        self.reader, self.groups, self.size, self.dtype = reader, groups, size, dtype
+        self.reader, self.size, self.dtype = reader, size, dtype
         self.notify, self.threaded = notify, threaded
         self._asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._read: deque[Loaded] = deque()
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="veneer-loader", daemon=True)
+            threads, begun = torch.get_num_threads(), threading.Event()
+            self._begun = begun.set
             self._thread.start()
+            begun.wait()
+            torch.set_num_threads(threads)  # what threads that begin later take over
 
     def ask(self, entry: Any) -> None:
         """Read an entry's folder soon."""
@@ -85,17 +83,17 @@ class Loader:
     def read(self, entry: Any) -> Loaded:
         """Read and lay out one entry."""
         try:
-            found = self.reader.read(entry.folder)
-            layout = Layout.of(found.pieces, self.groups)
-            packed = layout.pack(found.pieces, self.size, self.dtype)
+            packed = self.reader.packed(entry.folder, self.size, self.dtype)
         except UserError as error:
             return Loaded(entry, error=str(error))
         except Exception as error:  # a library's, from a file that others wrote: the server goes on
             said = " ".join(str(error).split())[:200]
             return Loaded(entry, error=f"the adapter {entry.name!r} cannot be read: {said}")
-        return Loaded(entry, layout, packed, found.form, found.rank, found.error)
+        return Loaded(entry, packed)
 
     def _run(self) -> None:
+        torch.set_num_threads(1)  # of this thread: the others are for the engine's products
+        self._begun()
         while (entry := self._asked.get()) is not None:
             self._read.append(self.read(entry))
             if self.notify is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from veneer.io.native import TENSORS as OURS
 from veneer.io.peft_config import CONFIG, PLAIN_STARTS, PREFIX, Config, read_config
 from veneer.io.peft_config import TENSORS as PEFT
 from veneer.numerics.norms import row_norms, row_squares
-from veneer.serve.layout import Piece, Place
+from veneer.serve.layout import Layout, Piece, Place
+from veneer.serve.route import Names, Packed, Route, Scratch, finite, header, payload
 from veneer.serve.trunk import Inner, Trunk
 
 PLAIN_FORMS = ("lora", "rslora", "dora")
+ROUTES = 64  # ways of laying out a file that are remembered
 _ENDINGS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -38,20 +41,28 @@ _ENDINGS = {
 
 @dataclass
 class Loose:
-    """The change of one layer as it is found: pairs (A, B, scale), a magnitude, a change of the bias."""
+    """The change of one layer as it is found: pairs (A, B, scale), a magnitude, a change of the bias.
+
+    ``names`` says which tensors of the file a single pair is that is all there is.
+    """
 
     pairs: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    names: Names | None = None
 
 
 @dataclass
 class Found:
-    """An adapter ready to lay out; ``error`` is ‖ΔW − served‖/‖ΔW‖ over all weights, 0 when it is served exactly."""
+    """An adapter ready to lay out; ``error`` is ‖ΔW − served‖/‖ΔW‖ over all weights, 0 when it is served exactly.
+
+    ``names`` are its tensors by row range and layer, where each layer has one pair and nothing else.
+    """
 
     pieces: dict[Place, Piece]
     form: str
     error: float = 0.0
+    names: dict[Place, dict[int, Names]] | None = None
 
     @property
     def rank(self) -> int:
@@ -71,9 +82,26 @@ class Reader:
     def __init__(self, trunk: Trunk, rank: int = 64, tolerance: float = 0.5) -> None:
         self.trunk, self.rank, self.tolerance = trunk, rank, tolerance
         self._attached = threading.Lock()
+        self._routes: OrderedDict[Hashable, Route] = OrderedDict()
+        self._scratch = Scratch()
         self._squares: dict[Inner, Tensor] = {}
         self._base: str | None = None
         self._looked = False
+
+    def packed(self, folder: str | Path, size: int, dtype: torch.dtype) -> Packed:
+        """The adapter in ``folder`` as pages of ``size`` numbers hold it; raises as `read` does.
+
+        A plain one whose file is laid out as one before it is read by that one's route.
+        """
+        folder = Path(folder)
+        if (quick := self._quick(folder, size, dtype)) is not None:
+            return quick
+        found = self.read(folder)
+        layout = Layout.of(found.pieces, self.trunk.groups)
+        if found.names is not None:
+            self._learn(folder, found, layout)
+        numbers = layout.pack(found.pieces, size, dtype)
+        return Packed(layout, numbers.unbind(0), found.form, found.rank, found.error)
 
     def read(self, folder: str | Path) -> Found:
         """The adapter in ``folder``; raises UserError when it is damaged, of another base or of no foldable form."""
@@ -82,12 +110,41 @@ class Reader:
             plain = self._plain(folder)
             if plain is not None:
                 form, layers = plain
-                return Found(self._pieces(folder, layers), form)
+                return Found(self._pieces(folder, layers), form, names=_names(layers, len(self.trunk.blocks)))
             self._looked = True
             return self._lowered(folder)
         finally:
             if self._looked:  # at the base's own weights, which need not stay in memory
                 self.trunk.give_back()
+
+    # -- routes
+
+    def _quick(self, folder: Path, size: int, dtype: torch.dtype) -> Packed | None:
+        files = adapter_files(folder)
+        if not self._routes or files is None or not files[1].is_file():
+            return None
+        with open(files[1], "rb", buffering=0) as file:
+            head = header(file)
+            route = None if head is None else self._routes.get((head, _meaning(files[0])))
+            if route is None:
+                return None
+            numbers = self._scratch.take(route.length)
+            try:
+                if payload(file, route.length, numbers):
+                    return route.pack(numbers[: route.length], size, dtype, files[1], self._scratch)
+            finally:
+                self._scratch.give(numbers)
+        return None
+
+    def _learn(self, folder: Path, found: Found, layout: Layout) -> None:
+        about, tensors = adapter_files(folder)
+        with open(tensors, "rb", buffering=0) as file:
+            head = header(file)
+        route = None if head is None else Route.of(head, layout, found.form, found.rank, found.names)
+        if route is not None:
+            self._routes[head, _meaning(about)] = route
+        while len(self._routes) > ROUTES:
+            self._routes.popitem(last=False)
 
     # -- plain pairs
 
@@ -109,14 +166,20 @@ class Reader:
         layers: dict[Inner, Loose] = {}
         tensors = _tensors(folder / PEFT)
         by_layer: dict[str, dict[str, Tensor]] = {}
+        keys: dict[tuple[str, str], str] = {}
         for key, tensor in tensors.items():
             bare = key.removeprefix(PREFIX)
             end = next((e for e in _ENDINGS if bare.endswith("." + e)), None)
             if end is None:
                 return None
-            by_layer.setdefault(bare[: -len(end) - 1], {})[_ENDINGS[end]] = tensor
+            path, factor = bare[: -len(end) - 1], _ENDINGS[end]
+            by_layer.setdefault(path, {})[factor] = tensor
+            keys[path, factor] = key
         for path, own in by_layer.items():
-            layers[self._inner(path, folder)] = self._factors(own, config, path, folder)
+            inner = self._inner(path, folder)
+            layers[inner] = self._factors(own, config, path, folder)
+            if len(own) == 2:
+                layers[inner].names = Names(keys[path, "A"], keys[path, "B"], config.scale(path))
         if not layers:
             raise UserError(f"{folder / PEFT} holds no factors; the file is empty or incomplete")
         return config.method.name, layers
@@ -157,7 +220,8 @@ class Reader:
             pairs = [(t["A"], t["B"], float(t["scale"]))]
             if "offset.A" in t:
                 pairs.append((t["offset.A"], t["offset.B"], float(t["offset.scale"])))
-            layers[self._inner(path, folder)] = Loose(pairs, t.get("m"))
+            names = Names(f"{path}.A", f"{path}.B", f"{path}.scale") if t.keys() == {"A", "B", "scale"} else None
+            layers[self._inner(path, folder)] = Loose(pairs, t.get("m"), names=names)
         return delta.method.name, layers
 
     def _check_base(self, made_on: object, folder: Path) -> None:
@@ -285,7 +349,7 @@ class Reader:
                     piece.bias[n] = x.bias
         if any(x.magnitude is not None for x in found.values()):
             self._weigh(piece, place, found)
-        if not all(bool(t.isfinite().all()) for t in (piece.A, piece.B)):
+        if not (finite(piece.A) and finite(piece.B)):
             raise UserError(f"{folder} holds numbers that are not finite; train it again or fetch the file again")
         return piece
 
@@ -306,6 +370,25 @@ class Reader:
                 piece.bias[n] -= (gain[n] - 1) * linear.bias[place.start : place.stop].float()
         piece.B, piece.gain = B * gain[:, :, None], gain
         piece.bias = piece.bias if bool(piece.bias.any()) else None
+
+
+def _names(layers: Mapping[Inner, Loose], count: int) -> dict[Place, dict[int, Names]] | None:
+    """The tensors' names by row range and layer; None unless every layer has a single pair of one rank in each."""
+    found: dict[Place, dict[int, Names]] = {}
+    for inner, loose in layers.items():
+        if loose.names is None:
+            return None
+        found.setdefault(Place(*inner[1:]), {})[inner.layer] = loose.names
+    return found if all(len(own) == count for own in found.values()) else None
+
+
+def _meaning(about: Path) -> Hashable:
+    """What of an adapter's description decides what its tensors mean."""
+    content = about.read_bytes()
+    if about.name == CONFIG:
+        return content
+    fields = json.loads(content)
+    return json.dumps([fields.get(name) for name in ("recipe", "base", "sites", "train")])
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
