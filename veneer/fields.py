@@ -62,6 +62,10 @@ class Fields:
         return {name: getattr(self, name) for name in fields_of(type(self))}
 
     @classmethod
+    def check_recipe(cls, recipe: Any) -> None:
+        """Raise UserError where the method cannot work in ``recipe``, as far as the sum alone tells."""
+
+    @classmethod
     def checked(cls, given: dict[str, Any]) -> dict[str, Any]:
         """``given`` with its values converted; raises UserError for an unknown name, a wrong type or range."""
         known = fields_of(cls)

@@ -51,6 +51,24 @@ def test_trained_base_tensors_are_saved_by_name(tmp_path):
     assert torch.equal(run(fresh.model, case.batch), run(case.model, case.batch))
 
 
+@pytest.mark.parametrize("recipe", ["full", "bitfit", "lora"])
+def test_an_adapter_on_all_layers_loads_where_the_head_is_a_new_one(recipe, tmp_path):
+    case, fresh = make("vit"), make("vit")
+    adapter = veneer.attach(case.model, recipe, sites="all")
+    shake(case.model)
+    adapter.save(tmp_path / "a")
+    with torch.no_grad():
+        for p in fresh.model.classifier.parameters():
+            p.normal_()
+    veneer.load(fresh.model, tmp_path / "a")
+    assert torch.equal(fresh.run(), case.run())
+
+
+def test_what_trains_whole_already_is_no_site():
+    with pytest.raises(UserError, match=r"trains as it is already: .*; select other layers"):
+        veneer.attach(make("vit").model, "bitfit", sites="classifier")
+
+
 def test_an_adapter_loads_under_another_name_beside_itself(tmp_path):
     case, adapter = attached()
     adapter.save(tmp_path / "a")

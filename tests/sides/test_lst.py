@@ -297,6 +297,8 @@ def test_a_quantised_trunk_is_pruned_and_run():
         ("t5", "lst", "encoder–decoders are not supported"),
         ("cnn", "lst", "another kind of model"),
         ("llama", "lora+lst(reduction=4)", "lora inside it would not learn"),
+        ("llama", "sara+lst(reduction=4)", "sara inside it would not learn"),
+        ("llama", "p-adapter+lst(reduction=4)", "p-adapter inside it would not learn"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(kind, recipe, says):

@@ -236,6 +236,7 @@ def test_an_adapter_attached_before_learns_nothing_in_the_early_blocks():
         ("llama", "sherl(late=2)", "leaves none of the 2 blocks"),
         ("t5", "sherl", "encoder–decoders are not supported"),
         ("llama", "lora+sherl", "lora inside them would not learn"),
+        ("llama", "mosa+sherl", "mosa inside them would not learn"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(kind, recipe, says):

@@ -161,6 +161,7 @@ def _with_offer(part: Part, offered: dict[str, Any]) -> Part:
 def _check_wants(recipe: Recipe) -> None:
     given = {word for p in recipe.parts for word in p.method.gives}
     for p in recipe.parts:
+        p.method.cls.check_recipe(recipe)
         for word in p.method.wants:
             if word not in given:
                 others = [m.name for m in registry.methods() if word in m.gives]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from veneer.core import build as core
 from veneer.core import recipe as recipes
 from veneer.core.adapter import Adapter
+from veneer.core.delta import Written
 from veneer.core.hook import Hook, Init, Ranks, Schedule
 from veneer.core.recipe import Recipe
 from veneer.core.site import Select, Site, find_sites, inner_sites
@@ -70,7 +71,9 @@ def attach(
         h.schedule = schedule
     batches = _calibration(hooks, calibration)
     tensors = trained_tensors(model, [train] if isinstance(train, str) else train, *(h.trains(model) for h in hooks))
-    base = base_fingerprint(model, without=tensors)
+    chosen = _without_whole(chosen, tensors, parsed)
+    own = {s.path for s in chosen}
+    base = base_fingerprint(model, without=trained_tensors(model, [t for t in tensors if t not in own]))
     form = core.all_fields(parsed.part("delta")) if parsed.part("delta") else {}
     evidence = _evidence(model, chosen, hooks, batches, form, seed)
     for h in hooks:
@@ -98,6 +101,17 @@ def attach(
         _drop_base(adapter)
     adapter.start_phase()
     return adapter
+
+
+def _without_whole(sites: list[Site], tensors: list[str], recipe: Recipe) -> list[Site]:
+    """The sites without tensors that train as they are, which need no change beside: a new head is not in the base."""
+    form = recipe.part("delta")
+    if form is None or issubclass(form.method.cls, Written):
+        return sites
+    kept = [s for s in sites if s.path not in set(tensors)]
+    if not kept:
+        raise UserError(f"all that {recipe} would change trains as it is already: {sites[0].path}; select other layers")
+    return kept
 
 
 def _settles(hook: Hook) -> bool:

@@ -30,8 +30,10 @@ def attach_from(
     """
     parsed = recipes.parse(description["recipe"])
     core.check_name(model, name)
-    base = base_fingerprint(model, without=description["train"])
-    if base != description["base"] and not force:
+    tensors = trained_tensors(model, description["train"])
+    base = base_fingerprint(model, without=tensors)
+    named = base_fingerprint(model, without=description["train"])  # a head that the file does not hold is the base's
+    if description["base"] not in (base, named) and not force:
         raise UserError(
             f"this adapter was made on another base (its fingerprint is {description['base'][:8]}…, "
             f"this model's {base[:8]}…); load it on that base, or with force=True if you are sure"
@@ -52,7 +54,7 @@ def attach_from(
         [by_path[p] for p in description["sites"]],
         hooks,
         plan=description["fields"],
-        tensors=trained_tensors(model, description["train"]),
+        tensors=tensors,
         name=name,
         seed=description["seed"],
         base=base,

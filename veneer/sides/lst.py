@@ -24,6 +24,7 @@ from veneer.parts.evidence import gather
 if TYPE_CHECKING:
     from veneer.core.adapted import Base
     from veneer.core.adapter import Adapter
+    from veneer.core.recipe import Recipe
 
 
 @method("lst", axis="side", paper="arXiv:2206.06522", system=126, gives=("frozen-base",))
@@ -135,9 +136,10 @@ class LST(Delta):
         if self.turned:
             self.turn.copy_(torch.stack(heads))
 
-    def compose(self, make: Callable[..., Delta], adapter: Adapter) -> None:
+    @classmethod
+    def check_recipe(cls, recipe: Recipe) -> None:
         """Refuse a form in the trunk: it would get no gradient."""
-        form = adapter.recipe.part("delta")
+        form = recipe.part("delta")
         if form is not None:
             raise UserError(
                 f"lst runs the trunk without gradient, so {form.method.name} inside it would not learn: "

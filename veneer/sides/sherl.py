@@ -20,7 +20,7 @@ from veneer.parts import trunk
 
 if TYPE_CHECKING:
     from veneer.core.adapted import Base
-    from veneer.core.adapter import Adapter
+    from veneer.core.recipe import Recipe
 
 EPS = 1e-6  # in the norms of features and of scores
 
@@ -128,9 +128,10 @@ class SHERL(Delta):
             yield Slot("out_scale", "magnitude", (d,), chance.zeros if closed else chance.ones)
             yield Slot("out_shift", "bias", (d,), chance.zeros)
 
-    def compose(self, make: Callable[..., Delta], adapter: Adapter) -> None:
+    @classmethod
+    def check_recipe(cls, recipe: Recipe) -> None:
         """Refuse a form in the trunk: most of it would get no gradient."""
-        form = adapter.recipe.part("delta")
+        form = recipe.part("delta")
         if form is not None:
             raise UserError(
                 f"sherl runs the early blocks without gradient, so {form.method.name} inside them would not learn: "
