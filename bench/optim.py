@@ -6,7 +6,8 @@ the median of the rounds' ratios. What happens now and then is spread over the s
 
 - AdaLoRA closes components at every step measured, which is its default between the tenth and the last three tenths;
 - IncreLoRA scores its sites in some of the first six tenths of a run's steps, and grows in fewer; both are spread over
-  a run of 1000 steps, each other step taken with half of the rank grown;
+  a run of 1000 steps. Its steps are taken with half of the rounds done, sites drawn at random: ranks and waiting
+  components are 16 a site then, as ranks are at the end;
 - GaLore's decompositions are the first step over a later one, in shares of the 200 steps of a period.
 """
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
+import statistics
 from typing import Any
 
 from bench.harness import Figure, Report, alternate, figure, main, parser, ratios, repeats, say, seconds
@@ -39,7 +42,7 @@ CASES = {
     "dylora": "dylora",
     "triadaptlora": "triadaptlora",
     SCORED: f"increlora+increlora-ranks(rank={START}, scores={RUN})",
-    OTHER: f"increlora(grown=2, width={START // 2})+increlora-ranks(rank={START})",
+    OTHER: f"increlora+increlora-ranks(rank={START}, scores=1)",
     "full": "full",
     "galore": "galore",
     "galore, randomised": "galore(svd='randomized')",
@@ -63,12 +66,11 @@ def measure(options: argparse.Namespace) -> Report:
     for label in options.only or CASES:
         say(f"optim: {label}")
         run = training(rows, CASES[label])
+        grown = half_grown(run) if label in (SCORED, OTHER) else {}
         first = seconds(run.take_step)
         timed = {PLAIN: lambda: seconds(plain), label: lambda step=run.take_step: seconds(step)}
         found = alternate(timed, rounds, warm_up=1, settle=0 if options.quick else SETTLE)
-        samples[label] = found | {"first": first}
-        if label == SCORED:
-            samples[label] |= growth(run)
+        samples[label] = found | {"first": first} | grown
         del run, timed
         gc.collect()
     ordered = {label: samples[label] for label in CASES if label in samples}
@@ -120,10 +122,18 @@ def training(rows: dict[str, Any], recipe: str) -> Any:
 SIMPLE = ("sora", "dynamic-rank", "dylora", "triadaptlora")
 
 
-def growth(run: Any) -> dict[str, float]:
-    """Seconds of a round in which sites grow, the steps between two, and how many of these are scored by default."""
+def half_grown(run: Any) -> dict[str, float]:
+    """Let sites drawn at random grow for half of the rounds.
+
+    Gives the seconds of a round, the steps between two, and how many of these are scored by default.
+    """
     hook = next(h for h in run.adapter.hooks if hasattr(h, "room"))
-    return {"growth": seconds(lambda: hook._grow(run.at.step)), "every": hook.every, "scores": type(hook).scores}
+    draw, taken, room = random.Random(0), [], hook.room
+    while hook.room > room // 2:
+        hook.sensitivity = {path: draw.random() for path in hook.sensitivity}
+        hook.uncertainty = dict.fromkeys(hook.sensitivity, 1.0)
+        taken.append(seconds(lambda: hook._grow(run.at.step)))
+    return {"growth": statistics.median(taken), "every": hook.every, "scores": type(hook).scores}
 
 
 if __name__ == "__main__":

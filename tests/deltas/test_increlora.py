@@ -65,7 +65,7 @@ def test_the_score_is_the_sheets_oracle_2():
 def test_the_averages_are_the_sheets_oracle_3():
     _, hook = started(FAST.replace("wait=0", "wait=19"), steps=40)
     for S, smooth, spread in ((2.0, 0.3, 0.255), (1.0, 0.405, 0.306)):
-        hook.seen = {"0": torch.tensor(S)}
+        hook.listener.seen = {"0": torch.tensor(S)}
         hook.before_optimizer(0)
         assert hook.sensitivity["0"] == pytest.approx(smooth) and hook.uncertainty["0"] == pytest.approx(spread)
     assert hook.sensitivity["2"] == 0.0
@@ -88,7 +88,7 @@ def test_the_gradient_made_from_activations_is_that_of_an_explicit_change(layer,
     model(x).square().sum().backward()
     change = d.weight().detach().requires_grad_()
     d.site.run(x, d.site.weight() + change, d.site.bias()).square().sum().backward()
-    assert hook.seen["0"].item() == pytest.approx(importance_score(change, change.grad).item(), rel=1e-4)
+    assert hook.listener.seen["0"].item() == pytest.approx(importance_score(change, change.grad).item(), rel=1e-4)
 
 
 def test_scores_of_micro_batches_add_up_with_their_weights():
@@ -97,13 +97,13 @@ def test_scores_of_micro_batches_add_up_with_their_weights():
     stirred(adapter)
     x, found = torch.randn(4, 8), []
     for part in (x[:2], x[2:]):
-        hook.seen = {}
+        hook.listener.seen = {}
         model(part).square().sum().backward()
-        found.append(hook.seen["0"].item())
-    hook.seen = {}
+        found.append(hook.listener.seen["0"].item())
+    hook.listener.seen = {}
     for part in (x[:2], x[2:]):
         (0.5 * model(part).square().sum()).backward()
-    assert hook.seen["0"].item() == pytest.approx(sum(found) / 2, rel=1e-5)
+    assert hook.listener.seen["0"].item() == pytest.approx(sum(found) / 2, rel=1e-5)
 
 
 def test_a_round_changes_the_function_by_the_scale_alone():
@@ -122,12 +122,12 @@ def test_ranks_grow_where_the_importance_is_and_end_at_the_budget():
     adapter, hook = started(FAST.replace("top=2", "top=1").replace("rank=3", "rank=4"))
     totals = []
     for step in range(1, 9):
-        hook.seen = {"0": torch.tensor(0.1 * step), "2": torch.tensor(0.01 * step)}
+        hook.listener.seen = {"0": torch.tensor(0.1 * step), "2": torch.tensor(0.01 * step)}
         hook.before_optimizer(step)
         totals.append(sum(d.rank for d in adapter.deltas.values()))
     assert totals == [3, 4, 5, 6, 7, 8, 8, 8]
     assert [d.rank for d in adapter.deltas.values()] == [7, 1]
-    assert not any(d.reserve for d in adapter.deltas.values()) and not hook.handles
+    assert not any(d.reserve for d in adapter.deltas.values()) and not hook.listener.handles
     assert adapter.parameter_count() == 7 * (8 + 12 + 1) + (12 + 5 + 1)
 
 
@@ -191,7 +191,7 @@ def test_a_grown_adapter_saves_folds_and_comes_back():
     model, x = mlp(), torch.randn(4, 8)
     adapter, hook = started(model=model)
     for step in (1, 2):
-        hook.seen = {"2": torch.tensor(float(step))}
+        hook.listener.seen = {"2": torch.tensor(float(step))}
         hook.before_optimizer(step)
     stirred(adapter)
     hook.on_end()

@@ -36,4 +36,4 @@ def row_norms(W_squares: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> T
 def importance_score(change: Tensor, gradient: Tensor, score: str = "sqrt") -> Tensor:
     """S = Σ|ΔW∘G| over √(out·in), or over out·in for ``mean``; both (out, in)."""
     size = gradient.numel() if score == "mean" else gradient.numel() ** 0.5
-    return (change * gradient).abs().sum() / size
+    return (change * gradient).abs_().sum() / size
