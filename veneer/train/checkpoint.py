@@ -80,7 +80,10 @@ def write_state(path: Path, name: str, tree: Any) -> None:
 def read_state(path: Path, name: str) -> Any:
     """What ``write_state`` wrote."""
     skeleton = json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-    return unflatten(skeleton, files.read_tensors(path / f"{name}.safetensors"))
+    tensors = files.read_tensors(path / f"{name}.safetensors")
+    for key, value in tensors.items():  # where memory begins, sums of products are taken in another order
+        tensors[key] = value.clone()
+    return unflatten(skeleton, tensors)
 
 
 def random_state() -> dict[str, Any]:
