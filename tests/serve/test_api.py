@@ -126,6 +126,19 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(client, world):
         assert text == whole[: whole.index(stop)]
 
 
+def test_an_answer_that_a_stop_string_ends_is_counted_as_stopped(client, raw, world):
+    def counted():
+        idle(world[1])
+        lines = dict(line.rsplit(" ", 1) for line in raw.get("/metrics").text.splitlines() if line[0] != "#")
+        reasons = (f'veneer_requests_ended_total{{reason="{r}"}}' for r in ("stop", "cancelled"))
+        return [float(lines.get(name, 0)) for name in (*reasons, "veneer_request_seconds_count")]
+
+    answer = text_of(world[3], "go", 12)
+    stopped, cancelled, timed = counted()
+    client.completions.create(model="tiny", prompt="go", max_tokens=100, temperature=0, stop=answer[3:6])
+    assert counted() == [stopped + 1, cancelled, timed + 1]
+
+
 def test_seeds_repeat_and_differ(client):
     def draw(seed):
         return client.completions.create(model="tiny", prompt="Dice", max_tokens=12, temperature=1.5, seed=seed)
@@ -170,6 +183,9 @@ def test_a_blend_is_a_model_too(client):
         ({"temperature": "hot"}, 400, "temperature"),
         ({"n": 3}, 400, "n is not supported"),
         ({"prompt": [5, 500]}, 400, "vocabulary"),
+        ({"prompt": ["a", "b"]}, 400, "2 prompts in one request"),
+        ({"prompt": [1, "a"]}, 400, "prompt.1: Input should be a valid integer"),
+        ({"stop": ["x"] * 20}, 400, "stop: List should have at most 16"),
         ({"prompt": "x" * 30_000}, 413, "bytes"),
     ],
 )
@@ -180,7 +196,24 @@ def test_a_wrong_request_gets_its_status_and_one_sentence(raw, body, status, sai
     assert said in error["message"] and "\n" not in error["message"] and error["code"] == status
 
 
+def test_a_part_of_a_message_that_is_no_text_is_named(raw):
+    content = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    found = raw.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    assert found.status_code == 400
+    assert found.json()["error"]["message"] == "messages.0.content.0.type: Input should be 'text'"
+
+
+def test_a_list_of_one_prompt_is_a_prompt(client):
+    for one in (["ab"], [Letters()("ab")["input_ids"]]):
+        alone, listed = (
+            client.completions.create(model="tiny", prompt=p, max_tokens=3, temperature=0) for p in ("ab", one)
+        )
+        assert alone.choices[0].text == listed.choices[0].text and alone.usage.prompt_tokens == 2
+
+
 def test_what_is_no_json_gets_one_sentence(raw):
+    found = raw.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert found.status_code == 400 and "Content-Type: application/json" in found.json()["error"]["message"]
     found = raw.post("/v1/completions", content=b"{not json", headers={"Content-Type": "application/json"})
     assert found.status_code == 400 and found.json()["error"]["message"] == "the body is not valid JSON"
 

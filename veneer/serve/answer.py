@@ -66,6 +66,7 @@ class Answer:
                     held.append(self._logprob(event))
                 text = self.writer.push(event.token)
                 if self.writer.stopped:
+                    self.request.enough = True
                     yield Piece(text, held, "stop")
                     return
                 if text:

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,22 @@ def failure(status: int, sentence: str, headers: dict[str, str] | None = None) -
     return JSONResponse({"error": {"message": sentence, "type": kind, "code": status}}, status, headers)
 
 
+def complaint(errors: Sequence[Any]) -> str:
+    """What a body's check found, in one sentence.
+
+    Of a field that may be of several types, what is wrong within the type that was given says more than that it is none
+    of the others.
+    """
+    first = next((e for e in errors if e["type"] not in ("string_type", "list_type")), errors[0])
+    if first["type"] == "json_invalid":
+        return "the body is not valid JSON"
+    if first["type"] == "model_attributes_type":
+        return "the body must be a JSON object, sent with Content-Type: application/json"
+    where = ".".join(str(p) for p in first["loc"] if p != "body" and (isinstance(p, int) or p.isidentifier()))
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where[:100]}: {said[:300]}" if where else said[:300]
+
+
 def _guard(settings: Settings) -> Any:
     """Who may ask: whoever shows the token; without one, this machine, by a local name."""
 
@@ -135,12 +151,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(call: Call, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"] if p != "body")
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            return failure(400, "the body is not valid JSON")
-        return failure(400, f"{where[:100]}: {said[:300]}" if where else said[:300])
+        return failure(400, complaint(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def _http(call: Call, error: HTTPException) -> JSONResponse:
@@ -273,7 +284,7 @@ def _note(app: FastAPI, request: Request, model: str) -> None:
         "generated": len(request.generated),
         "reused": request.reused,
         "first": first,
-        "reason": request.reason or "cancelled",
+        "reason": request.reason or ("stop" if request.enough else "cancelled"),
     }
     log.info(json.dumps(facts))
 

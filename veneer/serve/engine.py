@@ -151,7 +151,7 @@ class Engine:
             self._inbox.popleft()()
         now = self.clock()
         for r in [r for r in (*self.waiting, *self.running) if r.cancelled]:
-            self._end(r, "cancelled")
+            self._end(r, "stop" if r.enough else "cancelled")
         if self.waiting:
             self._admit(now)
         if not self.running:

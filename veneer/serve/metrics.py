@@ -35,8 +35,9 @@ class Metrics:
         """Count a request that has ended."""
         if request.first is not None:
             self.first.observe(max(0.0, request.first - request.arrival))
-        if request.finished is not None:
-            self.whole.observe(max(0.0, request.finished - request.arrival))
+        finished = self.service.engine.clock() if request.finished is None and request.enough else request.finished
+        if finished is not None:
+            self.whole.observe(max(0.0, finished - request.arrival))
 
     def collect(self) -> Iterator[Any]:
         """Read the engine's own counts."""

@@ -46,6 +46,7 @@ class Request:
         self.reason: str | None = None
         self.reused = 0
         self.cancelled = False
+        self.enough = False  # cancelled by a stop string, which ends it as it should
 
     @property
     def adapter(self) -> Blend:

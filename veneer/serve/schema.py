@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000, description="the base, an adapter, or a*0.7+b*0.3")]
@@ -92,6 +92,14 @@ class Completion(Asked):
     prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
     max_tokens: int | None = Field(16, ge=1, le=1_000_000)
     logprobs: int | None = Field(None, ge=0, le=20)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one(cls, given: Any) -> Any:
+        several = isinstance(given, list) and len(given) > 0 and all(isinstance(p, str | list) for p in given)
+        if several and len(given) > 1:
+            raise ValueError(f"{len(given)} prompts in one request are not supported; send a request for each")
+        return given[0] if several else given
 
 
 class Addition(BaseModel):
