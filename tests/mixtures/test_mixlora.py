@@ -375,3 +375,9 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(kind, recipe, sites, s
     with pytest.raises(UserError, match=says):
         veneer.attach(case.model, recipe, sites=sites)
     assert torch.equal(case.run(), before) and not veneer.adapters(case.model)
+
+
+def test_layers_that_the_form_does_not_claim_are_left_alone():
+    case = make("llama")
+    adapter = veneer.attach(case.model, "mixlora+gaussian-lora", sites="all")
+    assert "model.embed_tokens" not in adapter.deltas and "model.layers.0.self_attn.q_proj" in adapter.deltas

@@ -72,6 +72,16 @@ def test_one_block_is_end_to_end_training():
     assert all(torch.allclose(found[n], p.grad, atol=1e-7) for n, p in made.adapter.named_parameters())
 
 
+def test_a_forward_that_fills_a_cache_gives_the_same_losses_and_gradients():
+    made, hook, batch = on_its_way("blocks=2")
+    found = []
+    for keep in (False, True):
+        made.loss = lambda rows, keep=keep: made.adapter.model(**rows, use_cache=keep).loss
+        found.append(passes(made, hook, batch))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(found[0][1], found[1][1]) for n in a)
+
+
 def test_the_first_local_loss_is_that_of_the_model_cut_after_the_next_layer():
     made = training("lora(rank=4)+man(blocks=2)", blocks=4)
     hook, batch = made.adapter.hooks[0], made._take()[0][0].batch

@@ -49,7 +49,8 @@ def places(model: nn.Module, recipe: Recipe, sites: list[Site]) -> list[Site]:
                 f"{part.method.name} has no place among the selected sites: it takes {', '.join(cls.layers)}, "
                 f"and the selection holds {', '.join(sorted({s.kind for s in sites}))}"
             )
-        chosen += found
+        form = recipe.part("delta") if part.method.axis == "mixture" else None
+        chosen += [s for s in found if form is None or cls.takes(s) or s.kind in form.method.cls.layers]
     return chosen
 
 

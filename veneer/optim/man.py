@@ -219,11 +219,11 @@ class MAN(Optim):
         left: list[Any] = []
         forwards: dict[nn.Module, Callable[..., Any]] = {b: lambda *a, **n: state for b in self.layers_of[:start]}
         if end < len(self.layers_of):
-            border = self.borders[k]
-            own = border.door.forward
+            border, own = self.borders[k], self.borders[k].door.forward
 
             def auxiliary(*given: Any, **named: Any) -> Any:
                 x = given[0] if given else named["hidden_states"]
+                named |= dict.fromkeys({"past_key_values"} & named.keys())  # it runs twice on the same tokens
                 if not left:  # an objective may run the model again
                     left.append(self._shaped(x.detach()))
                 return self._shaped(self._seen(border, x, lambda: hidden(own(*given, **named))))
