@@ -115,9 +115,10 @@ async function ask(side, text, signal) {
       }
     }
   } catch (error) {
-    if (error.name !== "AbortError") { p.className = "fault"; p.textContent = answer + error.message; }
+    if (error.name !== "AbortError") { p.className = "answer fault"; p.textContent = answer + error.message; }
   }
-  side.said.push({ role: "assistant", content: answer });
+  if (answer) side.said.push({ role: "assistant", content: answer });
+  else side.said.pop();  // a question without an answer is not asked again with the next
   const seconds = (performance.now() - began) / 1000;
   side.note.textContent = first === null ? "" :
     `first token ${(first / 1000).toFixed(2)} s, ${(count / Math.max(seconds, 0.001)).toFixed(1)} pieces/s`;
