@@ -246,6 +246,37 @@ def test_adapters_come_go_and_change_while_it_runs(raw, client, world):
     shutil.rmtree(root / "late")
 
 
+def test_a_run_is_served_by_its_name_and_forgotten_when_its_adapter_goes(client, world):
+    _, _, root, _, adapted = world
+    (root / "run" / "checkpoint-2").mkdir(parents=True)
+    (root / "run" / "run.json").write_text("{}")
+    shutil.copytree(root / "lora4", root / "run" / "checkpoint-2" / "adapter")
+    shutil.copytree(root / "lora4", root / "run" / ".adapter")
+    (root / "run" / ".adapter").rename(root / "run" / "adapter")
+
+    def listed(wanted):
+        for _ in range(200):
+            if ("run" in [m.id for m in client.models.list()]) == wanted:
+                return True
+            time.sleep(0.05)
+        return False
+
+    assert listed(True)
+    found = client.completions.create(model="run", prompt="go on", max_tokens=8, temperature=0)
+    assert found.choices[0].text == text_of(adapted["lora4"], "go on", 8)
+    shutil.rmtree(root / "run" / "adapter")
+    assert listed(False)
+    shutil.rmtree(root / "run")
+
+
+def test_no_folder_takes_the_name_of_the_base(client, world, caplog):
+    shutil.copytree(world[2] / "lora4", world[2] / "tiny")
+    time.sleep(0.5)
+    assert [m.id for m in client.models.list()].count("tiny") == 1
+    assert any("tiny is not served: that is the name of the base" in r.getMessage() for r in caplog.records)
+    shutil.rmtree(world[2] / "tiny")
+
+
 @pytest.mark.parametrize(("folder", "status"), [("../lora4", 400), ("..", 400), ("nope", 404), ("a/b", 400)])
 def test_no_name_leaves_the_folder(raw, folder, status):
     assert raw.post("/v1/adapters", json={"folder": folder}).status_code == status

@@ -66,12 +66,12 @@ class Settings:
 def build(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
     """The application over an engine."""
     service = Service(engine)
-    watch = Watch(engine, settings.adapters, settings.pinned) if settings.adapters is not None else None
+    watch = Watch(engine, settings.adapters, settings.pinned, settings.base) if settings.adapters is not None else None
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        if watch is not None:
-            watch.look()
+        if watch is not None and not watch.look():
+            log.warning("%s holds no adapter's folder and no run's yet; the base is served", settings.adapters)
         service.start(asyncio.get_running_loop())
         follow = asyncio.create_task(watch.follow(settings.watch)) if watch is not None and settings.watch else None
         try:

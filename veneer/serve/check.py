@@ -73,6 +73,8 @@ class Plan:
         ]
         for size, count in sorted(self.sizes.items()):
             found.append(f"adapters      {size * self.page_bytes / MEGA:10,.2f} MB  each of {count} ({size} pages)")
+        if not self.sizes and not self.refused:
+            found.append("adapters            none was found")
         if self.sizes:
             fits = min(self.adapters, max(0, left) * self.adapters // max(1, self.all_pages))
             found.append(f"resident      {fits} of {self.adapters} adapters fit beside these requests")

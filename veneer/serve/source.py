@@ -29,6 +29,7 @@ from veneer.serve.layout import Layout, Piece, Place
 from veneer.serve.route import Names, Packed, Route, Scratch, finite, header, payload
 from veneer.serve.trunk import Inner, Trunk
 
+RUN, ADAPTER = "run.json", "adapter"  # of a run's folder, as training leaves it
 PLAIN_FORMS = ("lora", "rslora", "dora")
 ROUTES = 64  # ways of laying out a file that are remembered
 _ENDINGS = {
@@ -93,7 +94,7 @@ class Reader:
 
         A plain one whose file is laid out as one before it is read by that one's route.
         """
-        folder = Path(folder)
+        folder = home(Path(folder))
         if (quick := self._quick(folder, size, dtype)) is not None:
             return quick
         found = self.read(folder)
@@ -105,7 +106,7 @@ class Reader:
 
     def read(self, folder: str | Path) -> Found:
         """The adapter in ``folder``; raises UserError when it is damaged, of another base or of no foldable form."""
-        folder, self._looked = Path(folder), False
+        folder, self._looked = home(Path(folder)), False
         try:
             plain = self._plain(folder)
             if plain is not None:
@@ -403,8 +404,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise
 
 
+def home(folder: Path) -> Path:
+    """Where the adapter of ``folder`` lies: there, or in a run's folder under ``adapter``."""
+    own = folder / ADAPTER
+    return own if (folder / RUN).is_file() and own.is_dir() and not own.is_symlink() else folder
+
+
 def adapter_files(folder: Path) -> tuple[Path, Path] | None:
     """(description, tensors) of an adapter in ``folder``, ours or PEFT's; None when it holds neither."""
+    folder = home(folder)
     for about, tensors in ((CONFIG, PEFT), (RECIPE, OURS)):
         if (folder / about).is_file():
             return folder / about, folder / tensors
@@ -421,7 +429,7 @@ def stamp(folder: Path) -> tuple | None:
 
 
 def folders(root: Path) -> Iterable[Path]:
-    """The folders right under ``root`` that hold an adapter, by name."""
+    """The folders right under ``root`` that hold an adapter or are a run's, by name."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if path.is_dir() and not path.name.startswith(".") and adapter_files(path) is not None:

@@ -18,11 +18,11 @@ log = logging.getLogger("veneer.serve")
 class Watch:
     """Compares the folder with what is registered; `look` reads the disk and may run anywhere.
 
-    Adapters that were added under another name than their folder's are left alone.
+    Adapters that were added under another name than their folder's are left alone; none is called as the ``base``.
     """
 
-    def __init__(self, engine: Engine, root: Path, pinned: frozenset[str] = frozenset()) -> None:
-        self.engine, self.root, self.pinned = engine, root, pinned
+    def __init__(self, engine: Engine, root: Path, pinned: frozenset[str] = frozenset(), base: str = "") -> None:
+        self.engine, self.root, self.pinned, self.base = engine, root, pinned, base
         self._seen: dict[str, Any] = {}
         self._refused: set[str] = set()
 
@@ -31,6 +31,8 @@ class Watch:
         found: dict[str, Any] = {}
         for folder in folders(self.root):
             try:
+                if folder.name == self.base:
+                    raise UserError("that is the name of the base; call the folder otherwise")
                 found[folder.name] = stamp(inside(self.root, folder.name))
             except UserError as error:
                 if folder.name not in self._refused:
@@ -65,5 +67,5 @@ class Watch:
 
     def _drop(self, name: str) -> None:
         entry = self.engine.bank.entries.get(name)
-        if entry is not None and entry.folder == self.root / name and not entry.folder.is_dir():
+        if entry is not None and entry.folder == self.root / name and stamp(entry.folder) is None:
             self.engine.bank.remove(name)
