@@ -147,3 +147,8 @@ def test_what_cannot_be_is_refused():
         single(nn.Linear(9, 7), "lamda", rank=2, dropout=0.1)
     with pytest.raises(UserError, match="for the form lamda"):
         single(nn.Linear(9, 7), "lora+lamda-freezing", rank=2)
+
+
+def test_orthogonality_of_factors_that_are_all_frozen_is_no_term():
+    _, d = trained("lamda+lamda-freezing(share=0)+orthogonal")
+    assert d.S.requires_grad

@@ -139,5 +139,9 @@ def test_other_models_are_refused():
     t5 = tf.T5ForConditionalGeneration(
         tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=61)
     )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vit = tf.ViTForImageClassification(tf.ViTConfig(image_size=8, patch_size=4, **sizes))
+    with pytest.raises(UserError, match="is another kind of model"):
+        veneer.attach(vit, "prompt")
     with pytest.raises(UserError, match="encoder–decoders"):
         veneer.attach(t5, "prompt")

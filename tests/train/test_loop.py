@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from small_runs import collated, encoded, llama
 
 import veneer
 from veneer.core.hook import Schedule
 from veneer.train.loop import fit
+from veneer.train.steps import unlabelled
 
 
 def by_hand(model, adapter, batches, accumulate, steps, lr, clip):
@@ -347,3 +349,21 @@ def test_batch_norms_keep_the_statistics_of_the_base():
     data = [(torch.randn(6, 4, generator=torch.Generator().manual_seed(i)), torch.ones(6, 1)) for i in range(3)]
     fit(adapter, data, loss=lambda m, b: (m(b[0]) - b[1]).square().mean(), display=False)
     assert all(torch.equal(t, before[name]) for name, t in model[1].state_dict().items())
+
+
+class Asking(torch.nn.Module):
+    """A model whose forward cannot do without labels."""
+
+    def forward(self, x, labels):
+        return x + labels
+
+
+def test_a_forward_without_labels_has_all_that_the_model_needs():
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=9, decoder_start_token_id=0,
+    ))  # fmt: skip
+    batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[5, -100]])}
+    assert unlabelled(t5, batch)["decoder_input_ids"].tolist() == [[0, 5]]
+    assert t5(**unlabelled(t5, batch)).logits.shape == (1, 2, 9)
+    assert unlabelled(llama(), batch).keys() == {"input_ids"}
+    assert unlabelled(Asking(), {"x": 1, "labels": 2}) == {"x": 1, "labels": 2}

@@ -63,7 +63,8 @@ class Prompt(Delta):
         inner, table = architecture.trunk(model), architecture.embedding(model)
         path = next(n for n, m in model.named_modules() if m is inner)
         config = architecture.text_config(model)
-        if not path or table is None or config is None or getattr(config, "is_encoder_decoder", False):
+        tokens = isinstance(table, nn.Embedding)
+        if not path or not tokens or config is None or getattr(config, "is_encoder_decoder", False):
             raise UserError(
                 "prompt runs a transformers trunk that embeds tokens and stands under one head; "
                 f"{type(model).__name__} is another kind of model (encoder–decoders are not supported)"

@@ -55,4 +55,5 @@ class Orthogonal(Objective):
         return found
 
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
-        return self.weight * orthogonality(self.factors()) if self.weight else None
+        factors = self.factors() if self.weight else []  # a rank method may have frozen them all
+        return self.weight * orthogonality(factors) if factors else None

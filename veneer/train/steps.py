@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -59,12 +60,26 @@ class Runner:
 
     def __call__(self, batch: Any, adapter: str | dict[str, Tensor] = "on", **extra: Any) -> Any:
         own = self.adapter
-        batch = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
+        batch = unlabelled(own.model, batch) if isinstance(batch, Mapping) else batch
         if isinstance(adapter, str) and adapter == "on":
             return forward(own.model, batch, **extra)
         other = own.disabled() if isinstance(adapter, str) else own.using(adapter)
         with other, torch.no_grad():
             return forward(own.model, batch, **extra)
+
+
+def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without its labels, which stay where ``forward`` asks for them and feed a decoder that reads them."""
+    if "labels" not in batch:
+        return dict(batch)
+    asked = inspect.signature(model.forward).parameters.get("labels")
+    if asked is not None and asked.default is asked.empty:
+        return dict(batch)
+    bare = {k: v for k, v in batch.items() if k != "labels"}
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & bare.keys():
+        bare["decoder_input_ids"] = shifted(labels=batch["labels"])
+    return bare
 
 
 def overridden(hook: Hook, point: str) -> bool:
