@@ -2,8 +2,10 @@
 
 SmolLM2-135M, the linear layers of its blocks. State is counted after two steps of the method's own optimiser, every
 tensor of it. Kept bytes are those of saved-tensor hooks up to the last hidden state (`bench.memory_kept`). Both stand
-beside what `bench.memory_formulas` says of them from the model's config. The peak is of resident anonymous memory in a
-process of its own, over the steps. Decompositions are randomised ones, which changes no size.
+beside what `bench.memory_formulas` says of them from the model's config. The gradients are the most bytes of them that
+lie at trained tensors at once, counted as each arrives. The peak is of resident anonymous memory in a process of its
+own, over the steps; at 4 × 256 tokens it is reached as backward begins, where gradients are few whatever becomes of
+them. Decompositions are randomised ones, which changes no size.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ def measure(options: argparse.Namespace) -> Report:
             note = f"formula {formula / MEGABYTE:.4g} MB"
             figures.append(figure(f"{label}: {name}", one[what] / MEGABYTE, "MB", note=note))
             figures.append(figure(f"{label}: {name} off its formula", abs(one[what] / formula - 1), at_most=TOLERANCE))
+        if "gradients" in one:
+            figures.append(figure(f"{label}: gradients at once", one["gradients"] / MEGABYTE, "MB"))
+        if "gradients" in one and label == "galore, per layer":
+            share = one["gradients"] / one["largest gradient"]
+            figures.append(figure(f"{label}: gradients at once, of the largest layer's", share, at_most=1.0))
         figures.append(figure(f"{label}: peak anonymous memory", one["peak"] / MEGABYTE, "MB"))
     return Report(figures, found, settings)
 
@@ -78,6 +85,7 @@ def one(label: str, quick: bool) -> dict[str, float]:
     adapter.optimizer = build(adapter, 1e-4, 0.0)
     for hook in adapter.hooks:
         hook.on_start(adapter, schedule)
+    gradients = Gradients(adapter.parameters())
     meter = MemoryMeter(next(model.parameters()).device).start()
     for step in range(STEPS):
         for hook in adapter.hooks:
@@ -94,10 +102,25 @@ def one(label: str, quick: bool) -> dict[str, float]:
     return {
         "state": sum(bytes_of(v) for s in adapter.optimizer.state.values() for v in s.values()),
         "state formula": sum(formulas.state(label, tuple(p.shape)) for p in adapter.parameters() if p.requires_grad),
+        "gradients": gradients.most,
+        "largest gradient": max(p.numel() * p.element_size() for p in gradients.params),
         "kept": saved,
         "kept formula": kept_formula(label, adapter, formulas.Sizes.of(model.config, *shape)),
         "peak": peak,
     }
+
+
+class Gradients:
+    """Counts the bytes of the gradients that tensors hold as each one arrives; ``most`` is the most of them."""
+
+    def __init__(self, params: list[Any]) -> None:
+        self.params, self.most = params, 0
+        for p in params:
+            p.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, arrived: Any) -> None:
+        held = (p.grad.numel() * p.grad.element_size() for p in self.params if p.grad is not None)
+        self.most = max(self.most, sum(held))
 
 
 def bytes_of(value: Any) -> int:
