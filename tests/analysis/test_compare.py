@@ -174,7 +174,13 @@ def test_the_command_leaves_table_plots_and_one_page_without_links(setting, tmp_
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "steps.png", "seconds.png", "scores.png", "pareto.png", "trials.jsonl"} <= names
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4 and "<script" not in page
+    assert page.count('<svg role="img"') == 2 + 3 + 2 and "<script" not in page
+    assert "In short" in page and "no difference can be claimed" in page and "before training" in page
+    assert "[4/4, about 0 min left]" in text
+    for line in (out / "trials.jsonl").read_text().splitlines():
+        kept = json.loads(line)
+        assert kept["versions"]["torch"] and kept["hardware"]["cores"] and kept["seed"] in (0, 1)
+        assert len(kept["base"]) == 32 and len(kept["train_fingerprint"]) == len(kept["held_out_fingerprint"]) == 64
     assert not [word for word in ('src="http', 'href="http', "@import") if word in page]
 
 
@@ -225,6 +231,51 @@ def test_paired_statistics_agree_with_scipy():
     clear = difference([1.0, 1.2, 0.9, 1.4], [1.2, 1.5, 1.2, 1.7])
     assert "b is better than a in loss" in verdict("b", "a", clear, clear.p, "loss")
     assert "worse" in verdict("b", "a", clear, clear.p, "score", lower_is_better=False)
+
+
+def run_of(recipe, seed, loss, seconds=1.0):
+    """A whole run with just these values."""
+    return {"recipe": recipe, "seed": seed, "held_out_loss": loss, "held_out_before": 3.0, "seconds": seconds} | {
+        "peak_memory": 2**30, "parameters": 10, "rank": 1, "lr": 1e-3
+    }  # fmt: skip
+
+
+def test_a_summary_says_in_short_what_its_tests_come_to():
+    from veneer.analysis.summary import summary
+
+    losses = {"lora": (1.0, 1.1, 0.9), "dora": (0.8, 0.91, 0.69), "ia3": (1.2, 0.9, 1.0), "full": (1.3, 1.41, 1.19)}
+    runs = [run_of(r, seed, loss, 9 - len(r)) for r, found in losses.items() for seed, loss in enumerate(found)]
+    found = summary(list(losses), runs, [])
+    assert found["short"] == [
+        "Held-out loss: dora is better and full is worse than lora; no difference can be claimed for the other.",
+        "Cheapest: lora, with 5 s a run and 1.00 GiB at its peak.",
+    ]
+    assert found["before"] == {"held_out_loss": 3.0}
+    two = summary(["lora", "ia3"], [r for r in runs if r["recipe"] in ("lora", "ia3")], [])
+    assert "no difference from lora can be claimed; the best mean is lora's own, 1, and with 3 seeds" in two["short"][0]
+    same = [run_of(r, seed, 1.0 + seed) for r in ("lora", "ia3") for seed in (0, 1)]
+    assert summary(["lora", "ia3"], same, [])["short"][0] == "Held-out loss: 1.5 for all."
+    one = summary(["lora", "dora"], [r for r in runs if r["seed"] == 0 and r["recipe"] in ("lora", "dora")], [])
+    assert "one seed says nothing" in one["short"][0]
+
+
+def test_costs_are_drawn_with_the_intervals_of_their_means():
+    from veneer.analysis.summary import summary
+    from veneer.report import comparison_plots
+
+    runs = [run_of(r, seed, 1.0 + seed / 10, 2.0 + seed) for r in ("lora", "dora") for seed in (0, 1, 2)]
+    found = summary(["lora", "dora"], runs, []) | {"recipes": ["lora", "dora"]}
+    axes = comparison_plots.draw(found, {})["pareto"].axes
+    assert [a.get_xlabel() for a in axes] == ["trained parameters", "peak memory, GiB", "seconds of training"]
+    value = found["rows"][0]["held_out_loss"]
+    bars = [[segment[:, 1].tolist() for segment in c.get_segments()] for c in axes[2].collections]
+    assert [pytest.approx([value["low"], value["high"]])] in bars
+
+
+def test_the_pace_of_a_budget_of_seconds_is_no_search(setting, here, tmp_path):
+    made, summary = compared(setting, here, tmp_path, ["lora"], Budget(seconds=0.2), seeds=(0,))
+    assert made.runs() == made.finished() == 2
+    assert summary["rows"][0]["search"]["runs"] == 0 and summary["rows"][0]["steps"] >= 1
 
 
 def test_ranks_and_fronts():

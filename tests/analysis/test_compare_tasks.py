@@ -41,7 +41,7 @@ def test_each_task_is_scored_by_its_own_scores_on_heads_that_start_alike(task, w
     name, least = LEARNED[task]
     assert found["rows"][0][name]["mean"] >= least
     assert found["facts"]["task"] == task and any("no" in note or "not" in note for note in found["notes"])
-    assert any(name.split("_")[0] in sentence.lower() for sentence in found["words"])
+    assert any(name.split("_")[0] in sentence.lower() for sentence in found["short"])
 
 
 def test_images_are_compared_from_a_folder(tmp_path, capsys):

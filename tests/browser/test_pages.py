@@ -35,8 +35,19 @@ def report(word_model, colour_rows, tmp_path_factory):
 
 def test_a_comparison_reads_well(look, report):
     check(look.open(report.as_uri()))
-    assert look.page.locator("figure svg").count() == 4
+    assert look.page.locator("figure svg").count() == 7  # two scores, the first against three costs, two curves
     assert all(box["width"] > 200 for box in (f.bounding_box() for f in look.page.locator("figure svg").all()))
+    assert look.page.locator(".legend li").all_inner_texts() == ["lora", "dora"]
+    drawn = look.page.evaluate("getComputedStyle(document.querySelector('figure text')).fill")
+    assert drawn == look.page.evaluate("getComputedStyle(document.querySelector('.quiet')).color")  # of the scheme
+
+
+def test_a_comparison_prints_within_the_page(browser, report):
+    look = Look(browser, 718, "light")  # A4 less its margins
+    look.page.emulate_media(media="print")
+    look.open(report.as_uri())
+    assert look.overflow() == []
+    look.context.close()
 
 
 @pytest.mark.parametrize("path", DOCS)

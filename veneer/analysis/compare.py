@@ -94,9 +94,13 @@ class Comparison:
         finally:
             folder.close()
 
+    def runs(self) -> int:
+        """How many runs it takes: searches, final ones, and one a recipe to see its pace for a budget of seconds."""
+        return len(self.recipes) * (len(self.seeds) + self.search + (self.budget.seconds is not None))
+
     def finished(self) -> int:
-        """How many runs the folder holds already."""
-        return len(_lines(self.out / RECORD))
+        """How many of its recipes' runs the folder holds already."""
+        return sum(line["recipe"] in self.recipes for line in _lines(self.out / RECORD))
 
     def finals_of(self, recipe: str) -> list[dict[str, Any]]:
         """The whole runs of a recipe, by seed."""
@@ -147,7 +151,7 @@ class Comparison:
             return self.budget.steps
         if self.budget.tokens is not None:
             return steps_for_tokens(self.budget.tokens, runners.bench.batch_tokens(self.seeds[0]))
-        probe = Trial(recipe, rank, self.seeds[0], self.lr, PROBE, "search")
+        probe = Trial(recipe, rank, self.seeds[0], self.lr, PROBE, "pace")
         (result,) = self._run_all([probe], runners, tell)
         (_, first, _), (_, last, _) = result["curve"][0], result["curve"][-1]
         return max(1, int(self.budget.seconds * (PROBE - 1) / (last - first)))
@@ -180,9 +184,8 @@ class Comparison:
     def _finish(self, finals: list[Trial], bench: Bench) -> dict[str, Any]:
         from veneer.analysis.summary import summary
         from veneer.io.files import write_json
-        from veneer.train.record import hardware, versions
 
-        facts = bench.facts() | {"versions": versions(), "hardware": hardware(next(bench.model.parameters()).device)}
+        facts = bench.facts() | bench.stamp
         searched = [r for r in self.found.values() if r["purpose"] == "search"]
         content = summary(self.recipes, [self.found[t.key] for t in finals], searched) | {
             "notes": bench.notes(),
@@ -264,9 +267,10 @@ def attempt(bench: Bench, trial: Trial) -> dict[str, Any]:
     from veneer.train.finite import NotFiniteError
 
     try:
-        return bench.run(trial)
+        found = bench.run(trial)
     except NotFiniteError as error:
-        return {**asdict(trial), "key": trial.key, "failed": str(error), "held_out_loss": None}
+        found = {**asdict(trial), "key": trial.key, "failed": str(error), "held_out_loss": None}
+    return found | bench.stamp
 
 
 def _study(seed: int) -> Any:
@@ -284,7 +288,7 @@ def _study(seed: int) -> Any:
 def _line(result: dict[str, Any]) -> str:
     what = f"{result['recipe']}, seed {result['seed']}"
     rate = result.get("lr_used") or result["lr"]
-    head = "search" if result["purpose"] == "search" else "run"
+    head = {"final": "run"}.get(result["purpose"], result["purpose"])
     if "failed" in result:
         return f"{head}: {what}, lr {rate:.2g}: {result['failed']}"
     return (

@@ -6,8 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 LEVEL = 0.95
+Outcome = Literal["better", "worse", "no difference", "one seed"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,21 @@ def adjusted(ps: Sequence[float]) -> list[float]:
     return found
 
 
+def outcome(d: Difference, p: float, lower_is_better: bool = True) -> Outcome:
+    """What a paired difference allows to be said; ``p`` is the adjusted one."""
+    if d.pairs < 2:
+        return "one seed"
+    if not (d.claimed and p < 1 - LEVEL):
+        return "no difference"
+    return "better" if (d.mean < 0) == lower_is_better else "worse"
+
+
 def verdict(name: str, reference: str, d: Difference, p: float, measure: str, lower_is_better: bool = True) -> str:
     """One plain sentence on ``name`` against ``reference``; ``p`` is the adjusted one."""
-    if d.pairs < 2:
+    said = outcome(d, p, lower_is_better)
+    if said == "one seed":
         return f"{name} against {reference}: one seed says nothing about chance, so no difference can be claimed"
-    span = f"{d.mean:+.4g} [{d.low:+.4g}, {d.high:+.4g}], p = {p:.2g} after Holm, {d.pairs} seeds"
-    if not (d.claimed and p < 1 - LEVEL):
+    span = f"{d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}], p = {p:.2g} after Holm, {d.pairs} seeds"
+    if said == "no difference":
         return f"{name} against {reference}: no difference in {measure} can be claimed ({span})"
-    better = (d.mean < 0) == lower_is_better
-    return f"{name} is {'better' if better else 'worse'} than {reference} in {measure} ({span})"
+    return f"{name} is {said} than {reference} in {measure} ({span})"

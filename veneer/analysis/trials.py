@@ -49,7 +49,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. ``purpose``: ``search`` scores on validation rows of the training data, ``final`` on held-out data."""
+    """One run. Of its purposes ``final`` is scored on held-out data; ``search``, for a rate, and ``pace``, for the time
+    of a step, on validation rows of the training data."""
 
     recipe: str
     rank: int | None
@@ -123,6 +124,14 @@ class Bench:
             **{f"{name}_fingerprint": data.fingerprint for name, data in sets.items()},
         }
 
+    @cached_property
+    def stamp(self) -> dict[str, Any]:
+        """What every line of the record says of where it was made: base, data, versions, hardware."""
+        from veneer.train.record import hardware, versions
+
+        prints = {name: value for name, value in self.facts().items() if name == "base" or name.endswith("fingerprint")}
+        return prints | {"versions": versions(), "hardware": hardware(next(self.model.parameters()).device)}
+
     def notes(self) -> list[str]:
         """What was not measured, and why."""
         if self.task == "causal":
@@ -177,8 +186,9 @@ class Bench:
         give_back()  # or the peak of this run would hold what the one before has left
         try:
             watch = _Watch()
-            held = self.validation if trial.purpose == "search" else self.held
-            before = None if trial.purpose == "search" else self._scores(held)["loss"]
+            final = trial.purpose == "final"
+            held = self.held if final else self.validation
+            before = self._scores(held)["loss"] if final else None
             run = veneer.fit(
                 adapter, self.train, display=watch, tokenizer=self.tokenizer, steps=trial.steps, lr=trial.lr,
                 batch_size=self.setting.batch_size, seed=trial.seed, order="shuffled", schedule=self.setting.schedule,
@@ -198,7 +208,7 @@ class Bench:
                 **{name: after[name] for name in SCORES[self.task] if name in after},
                 "curve": watch.curve,
             }
-            if trial.purpose == "final":
+            if final:
                 if self.task == "causal":
                     result |= forgetting(adapter, self.general)
                 if self.setting.answers:

@@ -83,20 +83,18 @@ def command(
         seeds=list(range(seeds)), search=search, lr=lr, rank=rank, out=out,
     )  # fmt: skip
     console = screen()
-    expected = len(recipes) * (seeds + (0 if lr is not None else search)) - made.finished()
-    tell = _Counter(console, expected)
+    tell = _Counter(console, made.runs() - made.finished())
     runners = OnRay(setting) if ray else Here(setting)
     summary = made.run(tell, runners)
     curves = {r: [f["curve"] for f in made.finals_of(r)] for r in summary["recipes"]}
     figures = comparison_plots.draw(summary, curves)
     paths = comparison_plots.save(figures, made.out)
     page = made.out / "report.html"
-    pictures = {name: comparison_plots.svg(figure) for name, figure in figures.items()}
-    page.write_text(comparison_page.page(summary, pictures), encoding="utf-8")
+    page.write_text(comparison_page.page(summary, comparison_plots.panels(summary, curves)), encoding="utf-8")
     console.print(f"budget of each run: {summary['budget']}; {seeds} seeds")
     console.print(comparison.table(summary))
     console.print(comparison.cost_line(summary))
-    for sentence in [*summary["words"], *summary["notes"]]:
+    for sentence in ["", *summary["short"], *summary["notes"], "", *summary["words"], ""]:
         console.print(sentence)
     console.print(f"page: {page}", soft_wrap=True)
     console.print(f"plots: {', '.join(str(p) for p in paths)}", soft_wrap=True)

@@ -27,7 +27,7 @@ def columns(summary: dict[str, Any]) -> list[str]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """Means ± half of the 95 % interval over the seeds; the best mean of a column is bold."""
+    """What training began with, then means ± half of the 95 % interval over the seeds; the best of a column is bold."""
     from rich.table import Table
     from rich.text import Text
 
@@ -35,6 +35,10 @@ def table(summary: dict[str, Any]) -> Table:
     shown, best = columns(summary), best_of(summary)
     for name in shown:
         made.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
+    if summary["before"]:
+        known = {c: summary["before"].get(MEASURED.get(c, "")) for c in shown}
+        cells = ["" if value is None else f"{value:.3f}" for value in known.values()]
+        made.add_row("(before)", *cells[1:], style="dim")
     for row in summary["rows"]:
         cells = cells_of(row)
         made.add_row(*(Text(cells[c], style="bold" if row["recipe"] == best.get(c) else "") for c in shown))
@@ -49,7 +53,8 @@ def best_of(summary: dict[str, Any]) -> dict[str, str]:
     for column in set(columns(summary)) & set(MEASURED):
         measure = MEASURED[column]
         known = [(row[measure]["mean"], row["recipe"]) for row in summary["rows"] if measure in row]
-        found[column] = (min if MEASURES[measure] else max)(known)[1]
+        if len({mean for mean, _ in known}) > 1 or len(known) == 1:
+            found[column] = (min if MEASURES[measure] else max)(known)[1]
     return found
 
 
