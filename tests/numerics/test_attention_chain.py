@@ -99,6 +99,29 @@ def test_taylor_features_converge_to_the_exact_gradient(causal):
 
 
 @CAUSAL
+def test_nystrom_features_are_exact_where_every_row_is_a_landmark(causal):
+    q, k, v, G = drawn(30, 6, size=2.0, heads=(2,))
+    P = chain.approximate(q, k, 0.4, chain.nystrom_features(q, k, 0.4, 60, ridge=1e-13), causal, rows=8)
+    close(chain.chained(P, q, k, v, G, 0.4), chain.exact(q, k, v, G, 0.4, causal), 1e-6)
+
+
+def test_landmarks_do_with_fewer_than_random_features_where_tokens_are_alike():
+    q, k, v, G = drawn(256, 16, size=1.2)
+    for kind in (q, k):  # eight kinds of tokens, as good as
+        kind.copy_(kind[:8].repeat(32, 1) + 0.01 * kind)
+    expected, errors = chain.exact(q, k, v, G, 0.25).q, {}
+    for name, features in (
+        ("nystrom", chain.nystrom_features(q, k, 0.25, 32)),
+        ("random", chain.random_features(16, 32, torch.Generator().manual_seed(0), torch.float64)),
+    ):
+        found = chain.chained(chain.approximate(q, k, 0.25, features), q, k, v, G, 0.25).q
+        errors[name] = float((found - expected).norm() / expected.norm())
+    assert errors["nystrom"] < errors["random"] / 5
+    with pytest.raises(UserError, match="2 to 512"):
+        chain.nystrom_features(q, k, 0.25, 513)
+
+
+@CAUSAL
 def test_maps_in_factors_have_rows_that_sum_to_one_whatever_the_scores(causal):
     q, k, v, G = (t.float() for t in drawn(70, 8, size=200.0))
     P = chain.approximate(q, k, 8**-0.5, chain.random_features(8, 32, torch.Generator().manual_seed(0)), causal, 16)

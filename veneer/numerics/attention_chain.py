@@ -12,9 +12,10 @@ of rank m·(h + 1) that is never formed. Everything is then a product with one o
 at L·m·h² operations. Under a causal mask rows go in chunks: within a chunk P is exact, and of the earlier (in backward:
 the later) chunks the running T is all that is kept. It is faster than L²·h where L is well above m·h.
 
-U and F come from features φ with φ(q)·φ(k) ≈ exp(β·q·k): positive random ones (Choromanski et al. 2021) or Taylor's
-monomials. How many a given accuracy takes grows steeply with the scores: the theorem's threshold, in practice. All
-functions take leading dimensions (batch, heads). The chunks and the joint normalisation of near and far are ours.
+U and F come from features φ with φ(q)·φ(k) ≈ exp(β·q·k): positive random ones (Choromanski et al. 2021), Taylor's
+monomials, or Nyström's from landmarks among the tokens (as in Xiong et al. 2021, but of the kernel itself). How many a
+given accuracy takes grows steeply with the scores: the theorem's threshold, in practice. All functions take leading
+dimensions (batch, heads). The chunks and the joint normalisation of near and far are ours.
 """
 
 from __future__ import annotations
@@ -205,6 +206,37 @@ def taylor_features(width: int, degree: int) -> Features:
         return phi, torch.zeros_like(x[..., :1])
 
     return features
+
+
+def nystrom_features(q: Tensor, k: Tensor, beta: float, count: int, ridge: float = 1e-6) -> Features:
+    """Features from ``count`` landmarks Z among the rows of q and k (…, L, h), evenly spaced, half of each.
+
+    With the kernel κ(x, z) = exp(−‖x − z‖²/2), of which exp(x·y) is κ(x, y)·exp(‖x‖²/2 + ‖y‖²/2):
+    φ(x) = κ(x, Z)·(κ(Z, Z) + ridge)^-½, exact where every row is a landmark. Features may be negative, so that a map is
+    only as good as its landmarks; chosen over the whole length, they know of later tokens even under a causal mask.
+
+    Raises:
+        UserError: more landmarks than rows, or fewer than 2.
+    """
+    length = q.shape[-2]
+    if not 2 <= count <= 2 * length:
+        raise UserError(f"{count} landmarks among {length} queries and {length} keys; 2 to {2 * length} can be taken")
+    own, others = (torch.linspace(0, length - 1, n).round().long() for n in (count - count // 2, count // 2))
+    Z = beta**0.5 * torch.cat([q[..., own.to(q.device), :], k[..., others.to(k.device), :]], -2)
+    values, vectors = torch.linalg.eigh(_gaussian(Z, Z).double())
+    root = (vectors * values.clamp_min(0).add(ridge).rsqrt()[..., None, :]) @ vectors.mT
+
+    def features(x: Tensor) -> tuple[Tensor, Tensor]:
+        phi = _gaussian(x, Z.to(x)).double() @ root
+        return phi.to(x), x.square().sum(-1, keepdim=True) / 2
+
+    return features
+
+
+def _gaussian(x: Tensor, z: Tensor) -> Tensor:
+    """exp(−‖x − z‖²/2) of all pairs, (…, rows of x, rows of z)."""
+    squares = x.square().sum(-1, keepdim=True) + z.square().sum(-1)[..., None, :] - 2 * x @ z.mT
+    return (-squares.clamp_min(0) / 2).exp()
 
 
 # -- as an attention ---------------------------------------------------------------------------------------------------
