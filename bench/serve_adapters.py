@@ -57,9 +57,9 @@ def write_adapter(layers: dict[str, tuple[int, int]], folder: Path, rank: int, s
     (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}), encoding="utf-8")
 
 
-def prompts(count: int) -> list[list[int]]:
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
     """Random tokens."""
     import torch
 
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     return torch.randint(100, 40_000, (count, PROMPT), generator=g).tolist()

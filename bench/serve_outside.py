@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import shutil
 import socket
@@ -42,31 +43,43 @@ FORMS = {  # recipe: what `export --for vllm` is told
 def llama(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Sixteen requests for as many adapters: this server and llama.cpp's, which batches equal adapters alone.
 
-    Both are asked over HTTP by the same client. llama.cpp runs on the packaged base as it is (4 bits) and written out
-    as bf16, in which this server computes. Its files are made once and kept.
+    Beside it sixteen for one adapter, which llama.cpp batches too. Both are asked over HTTP by the same client, every
+    time with new prompts. llama.cpp runs on the packaged base as it is (4 bits) and written out as bf16, in which this
+    server computes. Its files are made once and kept.
     """
     import torch
 
     if _missing("llama"):
         return [], {}
     count, threads = 4 if options.quick else BATCH, torch.get_num_threads()
-    rows, made = prompts(count), files(options.folder, count)
+    made = files(options.folder, count)
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for n in range(count):
             shutil.copytree(options.folder / f"a{n}", root / f"a{n}")
-        own = stack.enter_context(server(veneer_command(root, threads)))
-        cases = {"veneer": lambda: asked(own, rows, lambda n: {"model": f"a{n}"})}
-        for name, base in (("bf16", made["bf16"]), ("4 bits", packaged())):
-            port = stack.enter_context(server(llama_command(base, made["adapters"], threads, slots=count)))
-            cases[f"llama.cpp, {name}"] = lambda port=port: asked(port, rows, alone)
-            asked(port, rows[:1], alone)
-        asked(own, rows, lambda n: {"model": f"a{n}"})  # its adapters are read; llama.cpp read its own when it began
+        cases: dict[str, Any] = {}
+
+        def add(name: str, command: list[str], chosen: Any) -> None:
+            port = stack.enter_context(server(command))
+            for kind, index in (("", lambda n: n), (", one adapter", lambda n: 0)):
+                turns = itertools.count(1)
+                cases[name + kind] = lambda index=index, turns=turns: asked(
+                    port, prompts(count, next(turns)), lambda n: chosen(index(n))
+                )
+            asked(port, prompts(count), chosen)  # adapters are read
+
+        add("veneer", veneer_command(root, threads), lambda n: {"model": f"a{n}"})
+        for kind, base in (("bf16", made["bf16"]), ("4 bits", packaged())):
+            add(f"llama.cpp, {kind}", llama_command(base, made["adapters"], threads, slots=count), alone)
         samples = alternate(cases, options.repeats or (1 if options.quick else 3))
-    figures = [
-        figure(f"{count} adapters over {name}", ratios(samples["veneer"], samples[name])) for name in list(samples)[1:]
-    ]
-    return figures + [figure(name, taken, "tokens/s") for name, taken in samples.items()], samples
+    figures = []
+    for name in list(samples)[2:]:
+        alike = name.endswith("one adapter")
+        over = ratios(samples["veneer, one adapter" if alike else "veneer"], samples[name])
+        figures.append(figure(f"{1 if alike else count} over {name}", over))
+    figures += [figure(name, taken, "tokens/s") for name, taken in samples.items()]
+    said = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
+    return figures, samples | {"program": (said.stdout + said.stderr).strip().splitlines()[:2]}
 
 
 def gguf(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
