@@ -181,7 +181,100 @@ def test_shrunk_adapters_load_as_plain_lora_and_hold_the_formula(tmp_path):
         torch.testing.assert_close(new, old - 0.75 * removed, atol=2e-4, rtol=1e-4)
         change, after = change + float(old.square().sum()), after + float(new.square().sum())
     assert facts["uniform"] == pytest.approx((after / change) ** 0.5, rel=1e-4)
-    with pytest.raises(UserError, match="in \\[0, 1\\]"):
-        mitigated(adapter, 1.5)
+    with pytest.raises(UserError, match="at least 0"):
+        mitigated(adapter, -0.5)
     with pytest.raises(UserError, match="not plain LoRA"):
         mitigated(spoilt("dora")[1], 0.5)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_planted_direction_intrudes_once_it_is_as_large_as_the_weight_and_noise_never():
+    W0, u, v = gaussian(64, 64), gaussian(64, 1, seed=11), gaussian(1, 64, seed=21)
+    top, plant = torch.linalg.matrix_norm(W0, 2), (u / u.norm()) @ (v / v.norm())
+    assert [intruders(W0, W0 + f * top * plant).count for f in (0.25, 0.5, 1, 1.5, 2, 4)] == [0, 0, 1, 1, 1, 1]
+    noise = gaussian(64, 64, seed=31)
+    for size in (0.01, 0.1):
+        assert intruders(W0, W0 + size * noise * W0.norm() / noise.norm()).count == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_turning_all_directions_changes_no_similarity_and_the_count_grows_with_k_and_epsilon(side):
+    W0, change = gaussian(20, 16), 3 * gaussian(20, 2, seed=1) @ gaussian(2, 16, seed=2)
+    P, Q = (torch.linalg.qr(gaussian(n, n, seed=n))[0] for n in (20, 16))
+    found, turned = intruders(W0, W0 + change, side=side), intruders(P @ W0 @ Q, P @ (W0 + change) @ Q, side=side)
+    torch.testing.assert_close(found.similarity, turned.similarity, atol=1e-4, rtol=0)
+    by_k = [intruders(W0, W0 + change, k, side=side).count for k in (1, 4, 10)]
+    by_epsilon = [intruders(W0, W0 + change, 10, e, side).count for e in (0.1, 0.5, 0.9, 999)]
+    assert by_k == sorted(by_k) and by_epsilon == sorted(by_epsilon) and by_epsilon[-1] == 10
+
+
+def test_sides_ask_for_the_vectors_they_name():
+    W0 = torch.diag(torch.arange(8.0, 0.0, -1.0))
+    u = torch.ones(8) / 8**0.5
+    change = 100 * u[:, None] * torch.eye(8)[3]  # left of it is spread evenly, right of it one of the base's own
+    counts = {side: intruders(W0, W0 + change, k=1, side=side).count for side in ("left", "right", "both")}
+    assert counts == {"left": 1, "right": 0, "both": 1}
+
+
+def test_large_matrices_are_looked_at_by_their_leading_part_alone(monkeypatch):
+    from veneer.analysis import intruders as module
+
+    W0 = gaussian(96, 80) * torch.arange(1, 81).float().rsqrt()
+    W = W0 + 4 * gaussian(96, 3, seed=1) @ gaussian(3, 80, seed=2)
+    whole = intruders(W0, W)
+    monkeypatch.setattr(module, "WHOLE", 16)
+    leading = intruders(W0, W)
+    torch.testing.assert_close(leading.S, whole.S, rtol=1e-3, atol=0)
+    clear = (whole.similarity - 0.5).abs() > 0.02
+    assert torch.equal(leading.flags[clear], whole.flags[clear]) and whole.count > 0
+
+
+def test_a_direction_within_equal_values_of_the_base_is_seen_to_lie_among_them():
+    W0 = torch.diag(torch.tensor([3.0] * 8 + [1.0] * 8))
+    turned = torch.zeros(16, 16)
+    turned[:8, :8] = torch.linalg.qr(gaussian(8, 8))[0]  # another basis of the same space
+    u = turned[:, 0]
+    found = intruders(W0, W0 + 2 * u[:, None] * u, k=1, epsilon=0.9)
+    assert found.count == 1 and float(found.together[0]) == pytest.approx(1, abs=1e-4)
+    apart = intruders(torch.diag(torch.arange(16.0, 0, -1)), W0 + 2 * u[:, None] * u, k=1, epsilon=0.9)
+    assert float(apart.together[0]) == pytest.approx(float(apart.similarity[0]), abs=1e-6)
+
+
+def test_a_rank_cuts_off_what_the_truncated_svd_loses():
+    _, adapter = spoilt()
+    (exact, facts), (cut, cut_facts) = mitigated(adapter, 0.5), mitigated(adapter, 0.5, rank=2)
+    assert facts["lost"] == 0 and facts["rank"] > 2 and cut_facts["rank"] == 2
+    lost = total = 0.0
+    for one, other in zip(exact, cut):
+        S = torch.linalg.svdvals(one.scale * (one.B @ one.A))
+        error = (one.scale * (one.B @ one.A) - other.scale * (other.B @ other.A)).norm()
+        assert float(error) == pytest.approx(float(S[2:].square().sum().sqrt()), rel=1e-3, abs=1e-3)
+        lost, total = lost + float(error**2), total + float(S.square().sum())
+    assert cut_facts["lost"] == pytest.approx(lost / total, rel=1e-3, abs=1e-7)
+
+
+def test_trying_factors_scores_the_formula_and_leaves_everything_as_it_was():
+    from veneer.analysis.mitigation import tried
+
+    model, adapter = spoilt()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    site = adapter.sites[0]
+    W0, change = site.weight().clone(), adapter.deltas[site.path].weight().detach()
+
+    def score():
+        return {"moved": float((site.weight() - W0).norm())}
+
+    found = tried(adapter, score, factors=(1.0, 0.5, 1.5))
+    assert found[0]["scores"]["moved"] == pytest.approx(float(change.norm()), rel=1e-4)
+    flagged = intruders(W0, W0 + change)
+    for factor, row in zip((1.0, 0.5, 1.5), found):
+        removed = (flagged.U * flagged.S)[:, flagged.flags] @ flagged.V[:, flagged.flags].T
+        expected = (change + (factor - 1) * removed).norm()
+        assert row["scores"]["moved"] == pytest.approx(float(expected), rel=1e-4)
+        assert row["control"]["moved"] == pytest.approx(row["uniform"] * float(change.norm()), rel=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match="weights alone"):
+        tried(spoilt("lora-bias")[1], score)

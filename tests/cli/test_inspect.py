@@ -81,6 +81,31 @@ def test_intruders_are_shrunk_into_an_adapter_that_loads(word_model, adapters, t
     assert f"times {(smaller / norm) ** 0.5:.3f}" in shown
 
 
+def test_a_shrunk_adapter_keeps_a_rank_that_is_asked_for(word_model, adapters, tmp_path, capsys):
+    given = ["--shrink", 0.5, "--rank", 2, "--save", tmp_path / "shrunk"]
+    status, shown, _ = veneer(capsys, "inspect", adapters[0], "--model", word_model, *given)
+    assert status == 0 and "of ranks up to 2 (which cuts off" in shown
+    assert json.loads((tmp_path / "shrunk" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_factors_are_tried_on_held_out_rows_beside_their_control(word_model, adapters, colour_rows, tmp_path, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "i.json"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(6)))
+    given = ["--sweep", rows, "--out", out, "--plots", tmp_path / "plots"]
+    status, shown, error = veneer(capsys, "inspect", adapters[0], "--model", word_model, *given)
+    assert status == 0, error
+    assert "in brackets the whole change" in shown and (tmp_path / "plots" / "tried.png").is_file()
+    found = json.loads(out.read_text())["tried"]
+    assert [f["factor"] for f in found] == [1, 0.9, 0.75, 0.5, 0.25, 0] and found[0]["scores"] == found[0]["control"]
+    model, _ = library.load_model(str(word_model), dtype=torch.float32)
+    library.load(model, adapters[0])
+    from veneer.analysis.loading import row_scorer
+
+    _, tokenizer = library.load_model(str(word_model), dtype=torch.float32)
+    assert found[0]["scores"]["held-out loss"] == pytest.approx(row_scorer(model, tokenizer, str(rows))(), rel=1e-4)
+    assert found[-1]["scores"] != found[-1]["control"]
+
+
 def test_another_base_is_refused_and_when_forced_warned_of(word_model, adapters, tmp_path, capsys):
     model, tokenizer = library.load_model(str(word_model), dtype=torch.float32)
     with torch.no_grad():
@@ -101,7 +126,11 @@ def test_another_base_is_refused_and_when_forced_warned_of(word_model, adapters,
         (["ONE", "ONE"], "given twice"),
         (["ONE", "--spectra"], "for a model alone"),
         (["ONE", "--shrink", "0.5"], "go together"),
-        (["ONE", "--shrink", "1.5", "--save", "x"], "in [0, 1]"),
+        (["ONE", "--shrink", "-0.5", "--save", "x"], "at least 0 was expected"),
+        (["ONE", "--rank", "2"], "the two go together"),
+        (["--sweep", "TMP"], "takes one adapter"),
+        (["ONE", "--sweep", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["ONE", "--side", "middle"], "middle"),
         (["--shrink", "0.5", "--save", "x"], "takes one adapter"),
         (["ONE", "--shrink", "0.5", "--save", "TMP"], "exists already"),
         (["--plots", "TMP"], "nothing to draw"),

@@ -42,6 +42,17 @@ def pieces(text: str, tokenizer: Any, rows: int = ROWS, length: int = LENGTH) ->
     return torch.tensor(whole)
 
 
+@torch.no_grad()
+def text_loss(model: Any, ids: torch.Tensor, batch_size: int = 4) -> float:
+    """The loss on ``ids (rows, length)`` of a language model as it is, nats a token."""
+    total, parts = 0.0, ids.to(next(model.parameters()).device).split(batch_size)
+    with evaluating(model):
+        for part in parts:
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+            total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return total / (ids.shape[0] * (ids.shape[1] - 1))
+
+
 def forgetting(adapter: Any, ids: torch.Tensor, batch_size: int = 4) -> dict[str, float]:
     """``general_loss`` and ``general_loss_base`` (nats a token), and ``drift``: KL(base ‖ adapted), nats a token.
 

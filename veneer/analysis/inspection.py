@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.analysis.intruders import effective_rank, intruders, overlap
+from veneer.analysis.intruders import Side, effective_rank, intruders, overlap
 from veneer.core.adapter import Adapter
 from veneer.core.site import Site
 from veneer.errors import UserError
@@ -23,13 +23,16 @@ SPECTRUM = 16  # leading singular values of ΔW that a report keeps
 
 
 @torch.no_grad()
-def inspect(adapter: Adapter, k: int = 10, epsilon: float = 0.5) -> dict[str, Any]:
-    """``sites`` (one dict each), ``blocks`` (means by transformer block), ``warnings`` (sentences), ``totals``.
+def inspect(adapter: Adapter, k: int = 10, epsilon: float = 0.5, side: Side = "left") -> dict[str, Any]:
+    """``sites`` (one dict each), ``blocks`` and ``roles`` (means by transformer block and by role), ``warnings``
+    (sentences), ``totals``.
 
     For each site: ``path``, ``role``, ``block``, ``shape``, ``norm`` (‖ΔW‖_F), ``drift`` (over ‖W‖_F), ``spike``
-    (‖ΔW‖₂ over ‖W‖₂), ``effective_rank`` and ``spectrum`` of ΔW, ``intruders``, ``energy``, ``similarity`` (of each
-    leading direction of W to the nearest of the base's), ``fold_error`` (‖bf16(W + ΔW) − bf16(W) − ΔW‖ over ‖ΔW‖, what
-    folding into bf16 rounds away) and ``unmoved`` (the share of entries of W that such a fold leaves as they are).
+    (‖ΔW‖₂ over ‖W‖₂), ``effective_rank`` and ``spectrum`` of ΔW; ``values``, ``similarity`` and ``together`` of the
+    leading directions of W + ΔW (to the nearest of the base's, and to the nearest group of them with near-equal
+    values), ``intruders``, ``grouped`` (those of them that lie in such a group) and ``energy``; ``fold_error``
+    (‖bf16(W + ΔW) − bf16(W) − ΔW‖ over ‖ΔW‖, what folding into bf16 rounds away) and ``unmoved`` (the share of entries
+    of W that such a fold leaves as they are).
 
     Raises:
         UserError: nothing of the adapter folds, so there is no ΔW to look at.
@@ -39,17 +42,19 @@ def inspect(adapter: Adapter, k: int = 10, epsilon: float = 0.5) -> dict[str, An
         if site.name is not None or site.kind not in ("linear", "conv", "embedding"):
             continue
         W0 = site.weight()
-        rows.append(_row(site, W0.float(), new.float(), k, epsilon))
+        rows.append(_row(site, W0.float(), new.float(), k, epsilon, side))
     if not rows:
         raise UserError(f"{adapter.recipe} changes no weight matrix that could be looked at")
     return {
         "recipe": str(adapter.recipe),
         "parameters": adapter.parameter_count(),
         "epsilon": epsilon,
+        "side": side,
         "sites": rows,
-        "blocks": _blocks(rows),
+        "blocks": _by("block", rows),
+        "roles": _by("role", rows),
         "warnings": _warnings(rows) + _factors(adapter),
-        "totals": _means(rows) | {"intruders": sum(r["intruders"] for r in rows), "looked_at": k * len(rows)},
+        "totals": _means(rows) | _sums(rows) | {"looked_at": sum(len(r["values"]) for r in rows)},
     }
 
 
@@ -83,9 +88,9 @@ def _matrices(adapter: Adapter) -> list[tuple[Any, Tensor, Any]]:
     return [row for row in folded_weights(adapter) if row[0].name is None and row[1].ndim == 2]
 
 
-def _row(site: Site, W0: Tensor, W: Tensor, k: int, epsilon: float) -> dict[str, Any]:
+def _row(site: Site, W0: Tensor, W: Tensor, k: int, epsilon: float, side: Side) -> dict[str, Any]:
     change = W - W0
-    found = intruders(W0, W, k, epsilon)
+    found = intruders(W0, W, k, epsilon, side)
     S = _singular_values(change, floor=ROUNDING * found.top)
     norm = float(change.norm())
     moved = W.bfloat16().float() - W0.bfloat16().float()
@@ -101,7 +106,10 @@ def _row(site: Site, W0: Tensor, W: Tensor, k: int, epsilon: float) -> dict[str,
         "spectrum": S[:SPECTRUM].tolist(),
         "intruders": found.count,
         "energy": found.energy,
+        "grouped": int((found.flags & (found.together >= epsilon)).sum()),
+        "values": found.S.tolist(),
         "similarity": found.similarity.tolist(),
+        "together": found.together.tolist(),
         "fold_error": float((moved - change).norm()) / norm if norm else 0.0,
         "unmoved": float((moved == 0).float().mean()),
     }
@@ -141,13 +149,16 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(r[name] for r in rows) / len(rows) for name in MEANS}
 
 
-def _blocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sums(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {name: sum(r[name] for r in rows) for name in ("intruders", "grouped")}
+
+
+def _by(what: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means of the rows that share ``what``."""
     found = []
-    for block in sorted({r["block"] for r in rows}, key=lambda b: -1 if b is None else b):
-        mine = [r for r in rows if r["block"] == block]
-        found.append(
-            {"block": block, "sites": len(mine), **_means(mine), "intruders": sum(r["intruders"] for r in mine)}
-        )
+    for value in sorted({r[what] for r in rows}, key=lambda v: (v is not None, v)):
+        mine = [r for r in rows if r[what] == value]
+        found.append({what: value, "sites": len(mine), **_means(mine), **_sums(mine)})
     return found
 
 

@@ -16,22 +16,28 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import UserError
+from veneer.numerics.factored import recompress
+from veneer.numerics.svd import randomized_svd
 
 if TYPE_CHECKING:
     from veneer.io.plain import Factors
 
 Side = Literal["left", "right", "both"]
 WORST_RATIO = 1e-5  # of singular values: below it a Gram matrix in fp64 keeps too few digits of the vectors
+WHOLE = 1024  # short side up to which W is decomposed whole; of larger ones subspace iteration gives the leading part
+NEAR = 0.01  # singular values of the base this near to each other have no directions of their own
 
 
 @dataclass(frozen=True)
 class Intruders:
     """Of one matrix: singular values ``S (k,)`` of the tuned weight, their ``similarity (k,)`` to the nearest
-    pretrained direction, ``flags (k,)``, the directions ``U (out, k)``, ``V (in, k)``, and the base's largest singular
-    value ``top``."""
+    pretrained direction and ``together (k,)`` to the nearest group of pretrained directions whose values lie within a
+    hundredth of each other, ``flags (k,)``, the directions ``U (out, k)``, ``V (in, k)``, and the base's largest
+    singular value ``top``."""
 
     S: Tensor
     similarity: Tensor
+    together: Tensor
     flags: Tensor
     U: Tensor
     V: Tensor
@@ -55,11 +61,28 @@ def intruders(W0: Tensor, W: Tensor, k: int = 10, epsilon: float = 0.5, side: Si
     A direction spread evenly over m pretrained vectors has similarity 1/√m: ε = 0.5 asks for more than four. In fp32.
     """
     U0, S0, Vh0 = _decomposed(W0)
-    U, S, Vh = _decomposed(W)
+    U, S, Vh = _leading(W, k)
     U, S, V = U[:, :k], S[:k], Vh[:k].T
     left, right = (U.T @ U0).abs(), (V.T @ Vh0.T).abs()
-    similarity = {"left": left, "right": right, "both": left * right}[side].amax(1)
-    return Intruders(S, similarity, similarity < epsilon, U, V, float(S0[0]))
+    close = {"left": left, "right": right, "both": left * right}[side]
+    similarity = close.amax(1)
+    return Intruders(S, similarity, _together(close, S0), similarity < epsilon, U, V, float(S0[0]))
+
+
+def _together(close: Tensor, S0: Tensor) -> Tensor:
+    """The largest norm of ``close (k, n)`` over the directions whose values ``S0 (n,)`` are near to one of them."""
+    rising = S0.flip(0).contiguous()
+    first = len(S0) - torch.searchsorted(rising, S0 * (1 + NEAR), right=True)
+    last = len(S0) - torch.searchsorted(rising, S0 * (1 - NEAR))
+    sums = torch.nn.functional.pad(close.double().square().cumsum(1), (1, 0))
+    return (sums[:, last] - sums[:, first]).amax(1).clamp_min(0).sqrt().to(close)
+
+
+def _leading(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At least the leading ``k`` triplets, in fp32."""
+    if min(W.shape) <= WHOLE:
+        return _decomposed(W)
+    return randomized_svd(W.float(), k, oversampling=16, iterations=8, generator=torch.Generator().manual_seed(0))
 
 
 def _decomposed(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,36 +111,44 @@ def shrunk(A: Tensor, B: Tensor, scale: float, found: Intruders, factor: float =
 
 @torch.no_grad()
 def mitigated(
-    adapter: Adapter, factor: float = 0.75, k: int = 10, epsilon: float = 0.5
+    adapter: Adapter,
+    factor: float = 0.75,
+    k: int = 10,
+    epsilon: float = 0.5,
+    side: Side = "left",
+    rank: int | None = None,
 ) -> tuple[list[Factors], dict[str, Any]]:
     """The adapter's pairs with their intruders scaled by ``factor``, and what that did; the adapter stays as it is.
 
-    A layer without intruders keeps its factors. The facts are ``intruders``, ``layers`` that had some, ``rank`` (the
-    largest after), and ``uniform``: the one number that scales all changes to the same norm, which is the control that
-    a gain has to beat.
+    A layer without intruders keeps its factors; the others' rank grows by their intruders, unless ``rank`` brings them
+    back to as much by their SVD, which loses the rest. The facts are ``intruders``, ``layers`` that had some, ``rank``
+    (the largest after), ``lost`` (the share of the squared changes that ``rank`` cut off), and ``uniform``: the one
+    number that scales all changes to the same norm, which is the control that a gain has to beat.
 
     Raises:
-        UserError: the change is no plain pair somewhere, or ``factor`` is not in [0, 1].
+        UserError: the change is no plain pair somewhere, or ``factor`` is below 0.
     """
     from veneer.io.plain import Factors, plain_factors
 
-    if not 0 <= factor <= 1:
-        raise UserError(f"intruders were to be scaled by {factor:g}; a factor in [0, 1] was expected: 1 keeps them")
-    made, count, layers, before, after = [], 0, 0, 0.0, 0.0
+    if factor < 0:
+        raise UserError(f"intruders were to be scaled by {factor:g}; at least 0 was expected: 0 removes, 1 keeps them")
+    made, count, layers, before, after, lost = [], 0, 0, 0.0, 0.0, 0.0
     for f in plain_factors(adapter, "an adapter with smaller intruders"):
         W0, change = f.site.weight().float(), f.scale * (f.B @ f.A)
-        found = intruders(W0, W0 + change, k, epsilon)
+        found = intruders(W0, W0 + change, k, epsilon, side)
         before += float(change.square().sum())
         if found.count:
             A, B = shrunk(f.A, f.B, f.scale, found, factor)
+            change = B @ A
+            if rank is not None:
+                A, B = recompress(A, B, rank)[:2]
+                lost += float((change - B @ A).square().sum())
             extras = {n: v * f.scale if n == "lora_B.bias" else v for n, v in f.extras.items()}
-            f, change = Factors(f.site, A, B, 1.0, extras), B @ A
-            count, layers = count + found.count, layers + 1
+            f, count, layers = Factors(f.site, A, B, 1.0, extras), count + found.count, layers + 1
         after += float(change.square().sum())
         made.append(f)
-    uniform = (after / before) ** 0.5 if before else 1.0
     facts = {"factor": factor, "intruders": count, "layers": layers, "rank": max(f.rank for f in made)}
-    return made, facts | {"uniform": uniform}
+    return made, facts | {"lost": lost / (after or 1.0), "uniform": (after / before) ** 0.5 if before else 1.0}
 
 
 def effective_rank(S: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import UserError
@@ -46,3 +47,17 @@ def model_and_examples(
             name, task=task, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers, **given
         )
     return model, dataset
+
+
+def row_scorer(model: Any, processor: Any, path: str, most: int = 128) -> Callable[[], float]:
+    """A function that gives the model's loss on the first rows of a file, as the model then is."""
+    from veneer.data import prepare, read_rows
+    from veneer.train.evaluate import scores
+    from veneer.train.feed import RowFeed
+    from veneer.train.processes import Processes
+    from veneer.train.tasks import Task, task_of
+
+    task = task_of(model, None)
+    what = Task(task)
+    feed = RowFeed(prepare(read_rows(path, most), processor, task=task), what, 8, shuffle=False)
+    return lambda: float(scores(model, feed, what, Processes(), model.dtype)["loss"])

@@ -92,7 +92,7 @@ def norm_report(
 
     ``layers`` (a dict each: ``path``, ``block``, ``side``, ``M``, ``M_base``, ``M_rest`` without the first token,
     ``ratio``, ``ratio_median`` = D_median/2τ, ``change`` = (M − M_base)/τ, ``D``, ``D_median``, ``gamma_q`` …,
-    ``delta_q`` …, ``entropy``, ``rank_99`` where ``ranks`` asks for it, ``crossing`` = 2τ/M, ``degree`` and
+    ``delta_q`` … and ``base_q`` … of these without the adapter, ``entropy``, ``rank_99`` where ``ranks`` asks for it, ``crossing`` = 2τ/M, ``degree`` and
     ``features`` of a Taylor series at ε = 0.1, and ``heads``), ``counts`` by side, ``tokens``, ``threshold``, and
     ``words``. Other adapters of the model are off.
 
@@ -150,6 +150,7 @@ def _layer(path: str, heads: Heads, base: Heads, moved: dict[str, float], thresh
         "change": (M - float(base.M.max())) / threshold,
         "D": float(heads.D.max()), "D_median": float(D_median.median()),
         **{f"gamma_{r}": float(getattr(heads, f"gamma_{r}").max()) for r in "qkv"},
+        **{f"base_{r}": float(getattr(base, f"gamma_{r}").max()) for r in "qkv"},
         **{f"delta_{r}": moved.get(f"{path} {r}", 0.0) * (1 if r == "v" else heads.scaling**0.5) for r in "qkv"},
         "entropy": float(torch.stack(heads.entropies).mean()),
         "rank_99": float(torch.stack(heads.ranks).mean()) if heads.ranks else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,11 +26,21 @@ def command(
     length: Annotated[int, typer.Option(min=8, help="Tokens of that text.")] = 256,
     top: Annotated[int, typer.Option(min=1, help="Leading singular directions looked at in each matrix.")] = 10,
     epsilon: Annotated[float, typer.Option(help="Cosine below which a direction is an intruder.")] = 0.5,
+    side: Annotated[
+        Literal["left", "right", "both"], typer.Option(help="Whose cosines: left or right singular vectors, or both.")
+    ] = "left",
     shrink: Annotated[
         float | None, typer.Option(help="Scale the intruders by this; needs --save.", show_default=False, metavar="F")
     ] = None,
     save: Annotated[
         str | None, typer.Option(help="Folder for the adapter that --shrink gives.", show_default=False)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Bring that adapter back to a rank.", show_default="it grows")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Held-out rows: score factors from 1 to 0 on them, and forgetting.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also where the adapter was made on another base.")] = False,
     out: Annotated[str | None, typer.Option(help="Write everything as JSON there.", show_default=False)] = None,
@@ -47,7 +57,7 @@ def command(
     from veneer.report.screen import screen
 
     given = list(adapters or [])
-    _check(given, spectra, shrink, save)
+    _check(given, spectra, shrink, save, rank, sweep)
     base, tokenizer = veneer.load_model(model, dtype=torch.float32)
     ids = _text(model, tokenizer, text, length) if limits else None
     console = screen()
@@ -59,16 +69,18 @@ def command(
             found |= _limits(base, None, ids, console)
     for folder, adapter in loaded.items():
         with console.status(f"looking at {folder}"):
-            report = inspection.inspect(adapter, top, epsilon)
+            report = inspection.inspect(adapter, top, epsilon, side)
         wrong = inspection.another_base(adapter, folder)
         report["warnings"] += [wrong] if wrong else []
         found.setdefault("adapters", {})[folder] = report
         console.print(f"{folder}: {report['recipe']}, {report['parameters']:,} parameters")
         console.print(shown.adapter_table(report["blocks"]))
+        console.print(shown.adapter_table(report["roles"], "role"))
         totals = report["totals"]
+        grouped = f", {totals['grouped']} of them among near-equal directions of the base" if totals["grouped"] else ""
         console.print(
             f"{totals['intruders']} intruders among {totals['looked_at']} leading directions "
-            f"({100 * totals['energy']:.1f} % of their energy), mean drift {100 * totals['drift']:.2f} %"
+            f"({100 * totals['energy']:.1f} % of their energy){grouped}; mean drift {100 * totals['drift']:.2f} %"
         )
         for warning in report["warnings"]:
             console.print(f"warning: {warning}")
@@ -81,7 +93,10 @@ def command(
         cosine, overlap = (sum(p[k] for p in pairs) / len(pairs) for k in ("cosine", "overlap"))
         console.print(f"{len(pairs)} common sites: mean cosine {cosine:.3f}, mean subspace overlap {overlap:.3f}")
     if shrink is not None:
-        found["shrunk"] = _shrunk(loaded[given[0]], Path(str(save)), shrink, top, epsilon, console)
+        how = {"k": top, "epsilon": epsilon, "side": side}
+        found["shrunk"] = _shrunk(loaded[given[0]], Path(str(save)), shrink, how | {"rank": rank}, console)
+    if sweep is not None:
+        found["tried"] = _tried(loaded[given[0]], tokenizer, sweep, (top, epsilon, side), console)
     if plots is not None:
         paths = shown.save_pictures(found, plots)
         if not paths:
@@ -92,7 +107,9 @@ def command(
         console.print(f"written to {out}", soft_wrap=True)
 
 
-def _check(given: list[str], spectra: bool, shrink: float | None, save: str | None) -> None:
+def _check(
+    given: list[str], spectra: bool, shrink: float | None, save: str | None, rank: int | None, sweep: str | None
+) -> None:
     from veneer.errors import UserError
 
     if len(given) > 2:
@@ -108,6 +125,12 @@ def _check(given: list[str], spectra: bool, shrink: float | None, save: str | No
         raise UserError("--shrink and --save go together: by how much, and where to")
     if shrink is not None and len(given) != 1:
         raise UserError(f"--shrink takes one adapter, and {len(given)} were given")
+    if rank is not None and shrink is None:
+        raise UserError("--rank is that of the adapter that --shrink gives; the two go together")
+    if sweep is not None and len(given) != 1:
+        raise UserError(f"--sweep takes one adapter, and {len(given)} were given")
+    if sweep is not None and not Path(sweep).exists():
+        raise UserError(f"--sweep: there is no file {sweep}")
     if save is not None and Path(save).exists():
         raise UserError(f"{save} exists already; name a folder that does not")
 
@@ -165,20 +188,41 @@ def _limits(base: Any, adapter: Any, ids: Any, console: Any) -> dict[str, Any]:
     return {"limits": report}
 
 
-def _shrunk(adapter: Any, folder: Path, factor: float, top: int, epsilon: float, console: Any) -> dict[str, Any]:
+def _tried(adapter: Any, tokenizer: Any, rows: str, how: tuple[int, float, Any], console: Any) -> dict[str, Any]:
+    """Factors from 1 to 0 scored on held-out rows and on general text, each beside its control."""
+    from veneer.analysis.forgetting import general_text, pieces, text_loss
+    from veneer.analysis.loading import row_scorer
+    from veneer.analysis.mitigation import FACTORS, tried
+    from veneer.report import inspection as shown
+
+    held_out, ids = row_scorer(adapter.model, tokenizer, rows), pieces(general_text(None), tokenizer)
+    with console.status("scoring factors"):
+        found = tried(
+            adapter,
+            lambda: {"held-out loss": held_out(), "loss on general text": text_loss(adapter.model, ids)},
+            FACTORS,
+            *how,
+        )
+    console.print("\nintruders scaled; in brackets the whole change, scaled to the same norm")
+    console.print(shown.tried_table(found))
+    return found
+
+
+def _shrunk(adapter: Any, folder: Path, factor: float, how: dict[str, Any], console: Any) -> dict[str, Any]:
     from veneer.analysis.intruders import mitigated
     from veneer.io.files import staged, write_json, write_tensors
     from veneer.io.peft_config import CONFIG, TENSORS
     from veneer.io.peft_write import lora
 
-    factors, facts = mitigated(adapter, factor, top, epsilon)
+    factors, facts = mitigated(adapter, factor, **how)
     config, tensors = lora(adapter, factors)
     with staged(folder, last=(CONFIG,)) as scratch:
         write_tensors(scratch / TENSORS, tensors)
         write_json(scratch / CONFIG, dict(sorted(config.items())))
+    lost = "" if how["rank"] is None else f" (which cuts off {100 * facts['lost']:.2g} % of the squared change)"
     console.print(
         f"{facts['intruders']} intruders in {facts['layers']} layers scaled by {factor:g}: {folder}, plain LoRA "
-        f"of ranks up to {facts['rank']}; the whole change times {facts['uniform']:.3f} has the same norm: "
+        f"of ranks up to {facts['rank']}{lost}; the whole change times {facts['uniform']:.3f} has the same norm: "
         "compare with that",
         soft_wrap=True,
     )

@@ -75,16 +75,27 @@ def spectra_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table(["block", *roles], lines)
 
 
-def adapter_table(blocks: Sequence[dict[str, Any]]) -> Table:
-    """By block: drift, spike, effective rank, intruders and their energy, what a fold into bf16 would do."""
-    columns = ("block", "sites", "drift %", "spike", "effective rank", "intruders", "energy %")
+def adapter_table(groups: Sequence[dict[str, Any]], by: str = "block") -> Table:
+    """By block or role: drift, spike, effective rank, intruders and their energy, what a fold into bf16 would do."""
+    columns = (by, "sites", "drift %", "spike", "effective rank", "intruders", "energy %")
     rows = [
-        [_block(b["block"]), str(b["sites"]), f"{100 * b['drift']:.2f}", f"{b['spike']:.3f}"]
+        [_block(b[by]), str(b["sites"]), f"{100 * b['drift']:.2f}", f"{b['spike']:.3f}"]
         + [f"{b['effective_rank']:.1f}", str(b["intruders"]), f"{100 * b['energy']:.1f}"]
         + [f"{100 * b['fold_error']:.1f}", f"{100 * b['unmoved']:.1f}"]
-        for b in blocks
+        for b in sorted(groups, key=lambda g: ROLES.index(g[by]) if g[by] in ROLES else 0)
     ]
-    return table([*columns, "bf16 fold loses %", "leaves alone %"], rows)
+    return table([*columns, "bf16 fold loses %", "leaves alone %"], rows, words=("role",))
+
+
+def tried_table(found: Sequence[dict[str, Any]]) -> Table:
+    """Intruders scaled, and in brackets the whole change scaled to the same norm, by score."""
+    names = list(found[0]["scores"])
+    rows = [
+        [f"{f['factor']:g}", f"{f['uniform']:.3f}"]
+        + [f"{f['scores'][name]:.4f}  ({f['control'][name]:.4f})" for name in names]
+        for f in found
+    ]
+    return table(["intruders ×", "same norm ×", *names], rows)
 
 
 def pairs_table(pairs: Sequence[dict[str, Any]], role_of: dict[str, str]) -> Table:
@@ -98,7 +109,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]], role_of: dict[str, str]) -> Tab
     return table(["role", "sites", "cosine", "subspace overlap"], rows, words=("role",))
 
 
-def _block(block: int | None) -> str:
+def _block(block: int | str | None) -> str:
     return "–" if block is None else str(block)
 
 
@@ -123,6 +134,8 @@ def save_pictures(found: dict[str, Any], folder: str | Path) -> list[Path]:
         figures["scores"] = scores(found["limits"])
     if "spectra" in found:
         figures["spectra"] = weights(found["spectra"])
+    if "tried" in found:
+        figures["tried"] = trade(found["tried"])
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
@@ -194,6 +207,25 @@ def weights(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_title("Spectra of the weights", loc="left", fontsize=11)
     if axes.lines:
         axes.legend(frameon=False, ncols=4)
+    return figure
+
+
+def trade(found: Sequence[dict[str, Any]]) -> Figure:
+    """The first score against the last: with intruders scaled, and with the whole change scaled to the same norm."""
+    figure, (axes,) = _figure(1)
+    names = list(found[0]["scores"])
+    x, y = names[-1], names[0]
+    for what, label, color, style in (
+        ("scores", "intruders scaled", INK, "-"),
+        ("control", "whole change scaled to the same norm", ACCENT, "--"),
+    ):
+        points = [(f[what][x], f[what][y]) for f in found]
+        axes.plot(*zip(*points), marker="o", markersize=5, color=color, linestyle=style, label=label)
+    for f in found:
+        axes.annotate(f"{f['factor']:g}", (f["scores"][x], f["scores"][y]), xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(frameon=False)
+    axes.set_title("What smaller intruders cost and bring back, by their factor", loc="left", fontsize=11)
     return figure
 
 

@@ -162,24 +162,3 @@ def counted_table(rows: Sequence[dict[str, str]]) -> Table:
     for values, count in Counter(tuple(row.values()) for row in rows).items():
         table.add_row(*values, f"{count:,}")
     return table
-
-
-def blocks_table(blocks: Sequence[dict[str, Any]]) -> Table:
-    """By transformer block: drift, spike, effective rank, intruders and their energy, what a fold would lose."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("block", "sites", "drift %", "spike", "effective rank", "intruders", "energy %", "fold error %"):
-        table.add_column(name, justify="right")
-    for b in blocks:
-        table.add_row(
-            "–" if b["block"] is None else str(b["block"]),
-            str(b["sites"]),
-            f"{100 * b['drift']:.2f}",
-            f"{b['spike']:.3f}",
-            f"{b['effective_rank']:.1f}",
-            str(b["intruders"]),
-            f"{100 * b['energy']:.1f}",
-            f"{100 * b['fold_error']:.1f}",
-        )
-    return table
