@@ -155,7 +155,7 @@ def neox():
     [
         (tied, "lora", "all", (), "lm_head|embed_tokens.*shares its weight"),
         (neox, "lora", "mlp", (), "'gpt_neox' models is not written"),
-        (lambda: make("llama").model, "dora", "attention", (), "not plain LoRA"),
+        (lambda: make("llama").model, "dora", "attention", (), "not plain LoRA .* give rank= or tolerance= for the"),
         (
             lambda: make("llama").model,
             "lora",

@@ -76,7 +76,9 @@ def write(
     model = adapter.model
     arch, interleaved = _architecture(model)
     near = rank is not None or tolerance is not None
-    lowered = lower(adapter, rank, tolerance) if near else Lowered(plain_factors(adapter, "a GGUF adapter"), [])
+    lowered = (
+        lower(adapter, rank, tolerance) if near else Lowered(plain_factors(adapter, "a GGUF adapter", within=""), [])
+    )
     sites = lowered.factors
     _refuse(adapter, sites, lowered.within)
     names = _names(arch, model)

@@ -41,13 +41,14 @@ class Factors:
         return self.A.shape[0]
 
 
-def plain_factors(adapter: Adapter, target: str) -> list[Factors]:
+def plain_factors(adapter: Adapter, target: str, within: str = ' with format="peft-lora"') -> list[Factors]:
     """The adapter as plain LoRA, layer by layer; a change of the bias is the extra ``lora_B.bias`` (over the scale).
 
-    Raises UserError, with the nearest offer, where the change is not plain LoRA; ``target`` says what it was for.
+    Raises UserError, with the nearest offer, where the change is not plain LoRA; ``target`` says what it was for, and
+    ``within`` where a rank or a tolerance is taken.
     """
     with trained_in_place(adapter):
-        return _by_layer(adapter, lambda delta: _as_lora(delta, target), target)
+        return _by_layer(adapter, lambda delta: _as_lora(delta, target, within), target)
 
 
 def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[Factors]:
@@ -65,12 +66,12 @@ def native_factors(adapter: Adapter, keys: dict[str, str], target: str) -> list[
         return _by_layer(adapter, own, target)
 
 
-def _as_lora(delta: Delta, target: str) -> Factors:
+def _as_lora(delta: Delta, target: str, within: str) -> Factors:
     found = exact(delta)
     if found is None:
         raise UserError(
             f"{delta.name} at {delta.site.path} is not plain LoRA and cannot be written as {target}; give rank= or "
-            'tolerance= with format="peft-lora" for the nearest pair, or export with format="merged" the folded model'
+            f'tolerance={within} for the nearest pair, or export with format="merged" the folded model'
         )
     return found
 
