@@ -92,9 +92,10 @@ def norm_report(
 
     ``layers`` (a dict each: ``path``, ``block``, ``side``, ``M``, ``M_base``, ``M_rest`` without the first token,
     ``ratio``, ``ratio_median`` = D_median/2τ, ``change`` = (M − M_base)/τ, ``D``, ``D_median``, ``gamma_q`` …,
-    ``delta_q`` … and ``base_q`` … of these without the adapter, ``entropy``, ``rank_99`` where ``ranks`` asks for it, ``crossing`` = 2τ/M, ``degree`` and
-    ``features`` of a Taylor series at ε = 0.1, and ``heads``), ``counts`` by side, ``tokens``, ``threshold``, and
-    ``words``. Other adapters of the model are off.
+    ``base_q`` … (without the adapter) and ``delta_q`` … (what it adds, before rotary embedding), ``entropy``,
+    ``rank_99`` where ``ranks`` asks for it, ``crossing`` = 2τ/M, ``degree`` and ``features`` of a Taylor series at
+    ε = 0.1, and ``heads``), ``counts`` by side, ``tokens``, ``threshold``, and ``words``. Other adapters of the model
+    are off.
 
     Raises:
         UserError: the model's attention is not reached through transformers' attention interface.
