@@ -213,3 +213,16 @@ def test_operators_are_checked():
     for bad in ("('none',)", "('lora-2', 'lora-2')", "('lora-0',)", "('conv',)"):
         with pytest.raises(UserError):
             attached(f"operators={bad}")
+
+
+def test_the_search_keeps_the_channels_that_it_scales_once():
+    layer, x = nn.Linear(64, 128), torch.randn(32, 64, requires_grad=True)
+    adapter = veneer.attach(nn.Sequential(layer), "pc-darts")
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        y = adapter.model(x)
+    assert [t.shape for t in kept.values() if t.shape[-1:] == (32,) and t.ndim > 1 and len(t) == 32] == [(32, 32)]
+    assert sum(t.numel() for t in kept.values() if t.shape[:1] == x.shape[:1] and t.ndim > 1) == 32 * (64 + 10 + 32)
+    y.square().sum().backward()
+    d = adapter.deltas["0"]
+    assert torch.allclose(d.v.grad, d.weights[3] * 2 * y.detach()[:, d.S].square().sum(0), rtol=1e-5)
