@@ -56,9 +56,9 @@ def table(name: str) -> str:
         lines = pages.interchange_table(known)
     elif name == "claims":
         names = [m.name for m in known]
-        lines = pages.claims_table(pages.claims_by_method(CLAIMS, names), names)
+        lines = pages.claims_list(pages.claims_by_method(CLAIMS, names), names)
     elif name == "benches":
-        lines = pages.benches_table(pages.records(RESULTS))
+        lines = pages.benches(pages.records(RESULTS))
     elif name == "machines":
         lines = [pages.machines(pages.records(RESULTS))]
     elif name == "systems":

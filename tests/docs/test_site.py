@@ -65,6 +65,16 @@ def test_claims_are_found_by_the_method_they_are_of(tmp_path):
     assert set(pages.claims_by_method(tmp_path, ["lora-plus", "lora", "sara"])) == {"lora-plus", "sara", "pretraining"}
 
 
+def test_claims_are_listed_by_verdict():
+    record = {"claim": "It *helps*.", "verdict": "not shown", "sentence": "Not shown: 0.8 against 0.9.", "name": "a"}
+    found = {"lora": [record], "other": [record | {"verdict": "shown", "sentence": "Shown: 0.9."}]}
+    made = pages.claims_list(found, ["lora"])
+    assert made[0] == "2 claims: 1 shown, 1 not shown."
+    assert [line for line in made if line.startswith("#")] == ["## Shown", "## Not shown"]
+    assert "- **[lora](methods/lora.md)**: *It \\*helps\\*.* 0.8 against 0.9." in made
+    assert "- **other**: *It \\*helps\\*.* 0.9." in made
+
+
 def test_quick_benches_are_not_listed():
     figure = {
         "what": "a step",
@@ -82,8 +92,10 @@ def test_quick_benches_are_not_listed():
         "machine": {"processor": "P", "cores": 2},
         "versions": {"torch": "2"},
     }
-    assert pages.benches_table([record])[2] == "| step | a step | 0.5 | 0.4\u00a0–\u00a00.6 | 7 | ≤ 1 (met) |"
-    assert len(pages.benches_table([record | {"quick": True}])) == 2
+    made = pages.benches([record])
+    assert made[0] == "## One training step, beside PEFT's" and len(made) == 6
+    assert made[4] == "| a step | 0.5 | 0.4\u00a0–\u00a00.6 | 7 | ≤ 1 (met) |"
+    assert pages.benches([record | {"quick": True}]) == []
     assert pages.machines([record]) == "P, 2 cores, torch 2"
 
 

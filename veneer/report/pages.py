@@ -17,6 +17,26 @@ from veneer.errors import UserError
 from veneer.report.catalogue import FORMS, TITLES, exactly_lora, fields, parameters
 
 Record = Mapping[str, Any]
+BENCHES = {  # titles of the benches' tables
+    "cli": "The command line's quick commands",
+    "forms": "Each form's step and kept bytes, beside PEFT's",
+    "job": "A whole fine-tuning job, beside TRL with PEFT",
+    "load": "Loading the packaged model",
+    "memory": "Memory of methods that claim to save it",
+    "memory_kept": "Bytes kept for backward",
+    "optim": "A step with each optimiser, beside LoRA with AdamW",
+    "plan": "What plan foretells, against what runs take",
+    "serve-base": "Serving: adapters beside the engine alone",
+    "serve-counts": "Serving: tokens a second against the number of adapters",
+    "serve-latency": "Serving: latency",
+    "serve-loading": "Serving: reading an adapter",
+    "serve-memory": "Serving: memory promised and taken",
+    "serve-outside": "Serving: other servers and readers",
+    "serve-peft": "Serving: beside PEFT's mixed batches",
+    "serve-scale": "Serving: a thousand adapters",
+    "starts": "Starts of the factors",
+    "step": "One training step, beside PEFT's",
+}
 
 
 # -- docstrings --------------------------------------------------------------------------------------------------------
@@ -205,9 +225,8 @@ def claims_by_method(folder: Path, names: Iterable[str] = (), only: str = "") ->
 
 def claim_section(record: Record) -> list[str]:
     """The claim, the verdict, and the contestants' scores."""
-    verdict = record["verdict"]
-    said = record["sentence"].removeprefix(verdict.capitalize()).removeprefix(":").strip()
-    lines = [f"> {escaped(record['claim'])}", "", f"**{verdict.capitalize()}:** {escaped(said)}", ""]
+    verdict = record["verdict"].capitalize()
+    lines = [f"> {escaped(record['claim'])}", "", f"**{verdict}:** {escaped(_measured(record))}", ""]
     if record.get("note"):
         lines += [escaped(record["note"]), ""]
     contestants = record.get("contestants", {})
@@ -242,25 +261,43 @@ def _cell(summary: Record | None) -> str:
     return f"{mean:.4g}" + (f" ± {sd:.2g}" if sd else "")
 
 
-def claims_table(found: Mapping[str, Sequence[Record]], methods: Iterable[str] = ()) -> list[str]:
-    """All claims with their verdicts and what was measured."""
-    known, rows = set(methods), []
+def claims_list(found: Mapping[str, Sequence[Record]], methods: Iterable[str] = ()) -> list[str]:
+    """All claims by verdict, each with what was measured; lines that read at any width."""
+    known, by_verdict = set(methods), {}
     for name, own in sorted(found.items()):
         shown = f"[{name}](methods/{name}.md)" if name in known else escaped(name)
-        rows += [[shown, escaped(r["claim"]), r["verdict"], escaped(r["sentence"])] for r in own]
-    return table(("method", "claim", "verdict", "what was measured"), rows)
+        for record in own:
+            words = f"- **{shown}**: *{escaped(record['claim'].rstrip('.'))}.* {escaped(_measured(record))}"
+            by_verdict.setdefault(record["verdict"], []).append(words)
+    order = [*(v for v in ("shown", "not shown") if v in by_verdict), *sorted(set(by_verdict) - {"shown", "not shown"})]
+    counts = ", ".join(f"{len(by_verdict[verdict])} {verdict}" for verdict in order)
+    lines = [f"{sum(map(len, by_verdict.values()))} claims: {counts}.", ""]
+    for verdict in order:
+        lines += [f"## {verdict[:1].upper()}{verdict[1:]}", "", *by_verdict[verdict], ""]
+    return lines
 
 
-def benches_table(found: Sequence[Record]) -> list[str]:
-    """Every figure of every bench that was run in full, with its target."""
-    rows = []
+def _measured(record: Record) -> str:
+    """A claim's sentence without its verdict, which a heading says."""
+    verdict = record["verdict"]
+    return record["sentence"].removeprefix(verdict.capitalize()).removeprefix(":").strip()
+
+
+def benches(found: Sequence[Record]) -> list[str]:
+    """Every figure of every bench that was run in full, with its target: a heading and a table for each."""
+    lines = []
     for record in found:
+        rows = []
         for line in record.get("figures", ()) if not record.get("quick") else ():
             value = f"{line['value']:.4g} {line['unit']}".strip()
             spread = f"{line['low']:.4g}\u00a0–\u00a0{line['high']:.4g}" if line["runs"] > 1 else ""
             target = f"{line['target']} ({'met' if line['met'] else 'missed'})" if line["target"] else ""
-            rows.append([record["name"], escaped(line["what"]), value, spread, str(line["runs"]), target])
-    return table(("bench", "what", "measured", "quartiles", "runs", "target"), rows, (2, 3, 4))
+            rows.append([escaped(line["what"]), value, spread, str(line["runs"]), target])
+        if rows:
+            head = ("what", "measured", "quartiles", "runs", "target")
+            title = BENCHES.get(record["name"], record["name"])
+            lines += [f"## {title}", "", *table(head, rows, (1, 2, 3)), ""]
+    return lines
 
 
 def machines(found: Sequence[Record]) -> str:
