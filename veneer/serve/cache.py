@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.serve.alone import alone
 from veneer.serve.pool import PagePool
 from veneer.serve.sizes import as_they_are
 
@@ -36,6 +37,22 @@ class Stretch:
     past: int
     index: Tensor | None
     mask: Tensor | None
+
+
+@dataclass
+class Bucket:
+    """Single tokens that attend together: their rows (None: the first), pages (n, most) and which places are hidden.
+
+    ``keys`` are the pages' places as half pages; ``values`` and ``starts``, known once the heads are, say by head where
+    each value lies in the pool seen as rows of one head.
+    """
+
+    rows: Tensor | None
+    pages: np.ndarray
+    keys: Tensor
+    hidden: Tensor
+    values: Tensor | None = None
+    starts: Tensor | None = None
 
 
 class Batch:
@@ -83,15 +100,15 @@ class Batch:
         width = heads.shape[-1]
         out = heads.new_empty(heads.shape[0], count * width)
         out[self.count :] = 0
-        for rows, index, mask in self.buckets:
-            q = heads[:, :count] if rows is None else heads.index_select(0, rows)[:, :count]
-            q = q[: mask.shape[0]].reshape(-1, groups, count // groups, width)
-            k, v = self._read(blocks, index, q.shape[0], groups, width)
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(q.shape[0], -1)
-            if rows is None:
-                out[: self.singles] = found
+        for bucket in self.buckets:
+            n = len(bucket.pages)
+            q = heads[:n, :count] if bucket.rows is None else heads.index_select(0, bucket.rows)[:, :count]
+            with alone(n * bucket.hidden.shape[-1] * groups * width):
+                found = self._looked(bucket, q, blocks, groups, scale).reshape(n, -1)
+            if bucket.rows is None:
+                out[:n] = found
             else:
-                out.index_copy_(0, rows, found)
+                out.index_copy_(0, bucket.rows, found)
         for s in self.stretches:
             q = heads[s.start : s.stop, :count].transpose(0, 1)[None]
             if s.index is None:
@@ -104,6 +121,25 @@ class Batch:
             )
             out[s.start : s.stop] = found[0].transpose(0, 1).flatten(1)
         return out
+
+    def _looked(self, bucket: Bucket, q: Tensor, blocks: Tensor, groups: int, scale: float) -> Tensor:
+        """Attention of single tokens: scores in fp32, then each value is summed from where it lies."""
+        n, count, width = q.shape
+        if bucket.values is None:
+            bucket.values, bucket.starts = self._values(bucket.pages, count, groups)
+        k = torch.empty(n, groups, bucket.hidden.shape[-1], width, device=self.device)
+        k.copy_(blocks.index_select(0, bucket.keys).view(n, -1, groups, width).transpose(1, 2))
+        scores = torch.bmm(q.reshape(n * groups, -1, width).float(), k.flatten(0, 1).transpose(1, 2))
+        shares = scores.view(n, count, -1).mul_(scale).add_(bucket.hidden).softmax(-1).to(q.dtype).view(-1)
+        values = blocks.view(-1, width)
+        return torch.embedding_bag(values, bucket.values, bucket.starts, False, 0, False, shares)[0]
+
+    def _values(self, pages: np.ndarray, count: int, groups: int) -> tuple[Tensor, Tensor]:
+        size = self.pool.tokens
+        places = ((pages[:, :, None] * 2 + 1) * size + np.arange(size)).reshape(len(pages), 1, -1) * groups
+        by_head = places + np.repeat(np.arange(groups), count // groups)[None, :, None]
+        starts = np.arange(len(pages) * count) * places.shape[-1]
+        return self._ids(by_head.reshape(-1)), self._ids(starts)
 
     def _read(self, blocks: Tensor, index: Tensor, rows: int, groups: int, width: int) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, groups, length, width) out of their pages."""
@@ -119,7 +155,7 @@ class Batch:
         keys = pages * (2 * size) + positions % size
         return np.stack((keys, keys + size), 1).reshape(-1)
 
-    def _bucket(self, members: tuple[list[int] | None, Sequence[Piece]]) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _bucket(self, members: tuple[list[int] | None, Sequence[Piece]]) -> Bucket:
         rows, pieces = members
         size = self.pool.tokens
         need = [p.past // size + 1 for p in pieces]
@@ -127,12 +163,10 @@ class Batch:
         table = np.empty((len(pieces), most), dtype=np.int64)
         for line, p, n in zip(table, pieces, need):
             line[:n], line[n:] = p.pages[:n], p.pages[0]
-        index = self._ids(np.stack((table * 2, table * 2 + 1)).reshape(-1))
         past = torch.tensor([p.past for p in pieces], device=self.device)
-        hidden = torch.arange(most * size, device=self.device)[None] > past[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.pool.data[0].dtype, device=self.device)
-        mask.masked_fill_(hidden, float("-inf"))
-        return None if rows is None else self._ids(np.asarray(rows)), index, mask[:, None, None]
+        later = torch.arange(most * size, device=self.device)[None] > past[:, None]
+        hidden = torch.zeros(later.shape, device=self.device).masked_fill_(later, float("-inf"))[:, None]
+        return Bucket(None if rows is None else self._ids(np.asarray(rows)), table, self._ids(table * 2), hidden)
 
     def _stretch(self, piece: Piece, at: int) -> Stretch:
         stop = at + len(piece.tokens)
@@ -146,7 +180,7 @@ class Batch:
         return Stretch(at, stop, piece.past, index, mask)
 
     def _ids(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).reshape(-1)).to(self.device)
 
 
 def _buckets(singles: Sequence[Piece]) -> list[tuple[list[int] | None, Sequence[Piece]]]:

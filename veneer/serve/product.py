@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veneer.serve.alone import alone
 from veneer.serve.layout import ONE, Table
 from veneer.serve.pool import PagePool
 from veneer.serve.sizes import as_they_are
@@ -56,6 +57,7 @@ class GroupPlan:
     offsets: Tensor
     ones: Tensor | None  # what follows h where a bias changes: 1, then the weights of blends
     gain: tuple[Tensor, Tensor, Tensor] | None  # index, offsets, weights
+    numbers: int  # of the pool that are summed
 
 
 class Plan:
@@ -85,7 +87,8 @@ class Plan:
         plan = self.groups.get(group)
         if plan is not None:
             whole = self.count == x.shape[0]
-            self._sum(plan, layer, x if whole else x[: self.count], y if whole else y[: self.count])
+            with alone(plan.numbers):
+                self._sum(plan, layer, x if whole else x[: self.count], y if whole else y[: self.count])
         for stack in self.stacks:
             if group in stack.groups:
                 stack.add(layer, group, x, y)
@@ -127,7 +130,10 @@ class Plan:
                     gain = values.index_select(0, p.gain).view(-1)
                     piece.addcmul_(base[:, p.start : p.stop], gain, value=m.weight)
                 B = values.index_select(0, p.b).view(p.rank, -1)
-                piece.add_((h[:, p.column : p.column + p.rank] @ B)[own])
+                if many == stop - start:
+                    piece.addmm_(h[:, p.column : p.column + p.rank], B)
+                else:
+                    piece.add_((h[:, p.column : p.column + p.rank] @ B)[own])
                 if p.bias is not None:
                     piece.add_(values.index_select(0, p.bias).view(-1), alpha=m.weight)
 
@@ -199,6 +205,7 @@ class Plan:
             self._ids(_starts(lengths)),
             self._numbers(ones) if biased else None,
             found,
+            sum(s.index.numel() * s.width for s in shrinks) + sum(map(len, index)) * self.chunk,
         )
 
     def _ids(self, values: np.ndarray) -> Tensor:

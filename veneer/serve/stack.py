@@ -87,9 +87,11 @@ class Stack:
         h = torch.bmm(x, self.pool.rows(width)[layer].index_select(0, a).view(self.count, -1, width))
         values = self.pool.rows(self.chunk)[layer]
         for first, last, column, rank, b in parts:
-            B = values.index_select(0, b).view(self.count, rank, -1)
-            change = torch.bmm(h[:, :, column : column + rank], B).flatten(0, 1)
-            y[:, first:last].add_(change if self.kept is None else change.index_select(0, self.kept))
+            B, own = values.index_select(0, b).view(self.count, rank, -1), h[:, :, column : column + rank]
+            if self.kept is None:
+                y[:, first:last].view(self.count, -1, last - first).baddbmm_(own, B)
+            else:
+                y[:, first:last].add_(torch.bmm(own, B).flatten(0, 1).index_select(0, self.kept))
 
     def _joined(self, tables: list[Table]) -> tuple[int, Tensor, list[tuple[int, int, int, int, Tensor]]]:
         parts = []
