@@ -182,3 +182,21 @@ def test_plan_says_in_one_sentence_what_it_cannot_plan(options, words, model, ca
     assert veneer("plan", "--model", model, *options) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_a_classifier_is_scored_and_carried_with_the_classes_that_it_was_trained_on(model, tmp_path, capsys):
+    words = {"red": "warm", "blue": "cold", "green": "plain"}
+    rows = [json.dumps({"text": f"say {word}", "label": label}) for word, label in words.items()]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows * 4))
+    (tmp_path / "one.jsonl").write_text(rows[0])
+    settings = ("--out", tmp_path / "run", "--steps", 1, "--rank", 2)
+    assert veneer("train", "--model", model, "--data", tmp_path / "train.jsonl", *settings) == 0
+    adapter = ("--model", model, "--adapter", tmp_path / "run" / "adapter")
+    assert veneer("eval", *adapter, "--data", tmp_path / "one.jsonl") == 0
+    assert "1 rows of" in capsys.readouterr().out
+    for format in ("merged", "peft"):
+        assert veneer("export", *adapter, "--format", format, "--out", tmp_path / format) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {
+        "0": "cold", "1": "plain", "2": "warm"
+    }  # fmt: skip
+    assert veneer("export", "--model", model, "--adapter", tmp_path / "peft", "--out", tmp_path / "again") == 0

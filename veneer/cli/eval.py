@@ -14,7 +14,7 @@ def command(
     data: Data,
     adapter: AdapterFolder = None,
     task: Annotated[
-        str | None, typer.Option(help="What the model learns.", show_default="seen from the columns")
+        str | None, typer.Option(help="What the model learns.", show_default="the adapter's, or seen from the columns")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="How a prompt is written, as in training.", show_default=False)
@@ -37,7 +37,9 @@ def command(
     from veneer.train.tasks import Task
 
     rows = read_rows(data, limit)
-    base, dataset = model_and_examples(model, rows, task=task, template=template, max_length=max_length)
+    base, dataset = model_and_examples(
+        model, rows, task=task, template=template, max_length=max_length, adapter=adapter
+    )
     what = Task(dataset.task)
     feed = RowFeed(dataset, what, batch_size, shuffle=False)
     columns = {"base": scores(base, feed, what, Processes(), base.dtype)}

@@ -45,6 +45,7 @@ def command(
     from pathlib import Path
 
     import veneer
+    from veneer.analysis.loading import purpose_of
     from veneer.errors import UserError
     from veneer.report.screen import screen
 
@@ -55,7 +56,8 @@ def command(
         raise UserError(f"--for {server} writes plain LoRA, and --format {format} was asked for; give one of them")
     if options and server is None and format not in ("peft-lora", "gguf"):
         raise UserError(f"--{next(iter(options))} is for --format peft-lora or gguf, and {format} was asked for")
-    base, tokenizer = veneer.load_model(model)
+    purpose = purpose_of(adapter)
+    base, tokenizer = veneer.load_model(model, task=purpose.get("task"), **purpose.get("head", {}))
     loaded = veneer.load(base, adapter)
     if server == "vllm":
         from veneer.io.vllm import most, write

@@ -9,6 +9,12 @@ import torch
 
 from veneer.core.adapter import Adapter
 
+_TASKS = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
+
 
 def description(adapter: Adapter) -> dict[str, Any]:
     """What the file says of an adapter, ready for JSON; ``restore`` builds it again from this and its state."""
@@ -32,7 +38,19 @@ def description(adapter: Adapter) -> dict[str, Any]:
         "finished": adapter.phase == len(adapter.phases) - 1,
         "base": adapter.base,
         "parameters": adapter.parameter_count(),
-    }
+    } | _purpose(adapter)
+
+
+def _purpose(adapter: Adapter) -> dict[str, Any]:
+    """The task of a base that is no decoder, and the names of its classes in their order: what loads it again."""
+    config, kind = getattr(adapter.model, "config", None), type(adapter.model).__name__
+    task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    if task is None:
+        return {"task": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
+    names = getattr(config, "id2label", None) or {}
+    if task == "classification" and len(names) == 1:
+        return {"task": "regression"}
+    return {"task": task, "labels": [names[k] for k in sorted(names)]}
 
 
 def table(adapter: Adapter) -> list[dict[str, Any]]:
