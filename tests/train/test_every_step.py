@@ -9,7 +9,7 @@ from small_runs import collated, encoded
 from sums import STEPS, SUMS, attached
 from test_distributed import PROGRAM, answer, environment, free_port
 from test_trainer import losses, sft_trainer, trainer
-from two_processes import by_fit
+from two_processes import TASKS, by_fit, by_tasks
 
 from veneer.train.display import Silent
 from veneer.train.loop import fit
@@ -29,9 +29,13 @@ BY_TRL = (
     "lora+canonical",
     "lora+m",
 )
-PHASED = ("diffora", "pc-darts")  # of which a trainer runs one phase a train()
-# Whose loss and decisions are means over rows, so that a batch in two halves gives what the whole one gives.
-BY_ROWS = [s for s in SUMS if s not in PHASED and not s.endswith("ba-lora") and "abmll" not in s]
+HALVES = ("diffora", "pc-darts")  # which learn weights from one half of the rows and scores from the other
+PHASED = (*HALVES, "lora+elastic(ranks=(1.0, 0.5), whole=0.5)")  # of which a trainer runs one phase a train()
+# Whose loss and decisions are means over rows, so that a batch in two halves gives what the whole one gives; ABMLL's
+# are means over tasks, which a process has whole.
+BY_ROWS = [s for s in SUMS if s not in HALVES and not s.endswith("ba-lora") and "abmll" not in s]
+# Which see of a batch what their process has of it, and yet stay the same on all.
+BY_PARTS = [*(s for s in SUMS if s not in BY_ROWS), "lora+lr-batch(reference=4, probe=2, depth=3, follow=True)"]
 TRAINED = {}  # by recipe: the losses and the tensors of the loop
 
 
@@ -87,7 +91,7 @@ def test_trainers_do_what_the_loop_does(tmp_path, recipe, make):
 
 def test_two_processes_do_what_one_does():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    kinds = [f"sum {recipe}" for recipe in BY_ROWS]
+    kinds = [*(f"sum {recipe}" for recipe in BY_ROWS), "tasks", *(f"alike {recipe}" for recipe in BY_PARTS)]
     done = subprocess.run(
         [*command, PROGRAM, "-", *kinds], capture_output=True, text=True, env=environment(), timeout=300
     )
@@ -97,3 +101,9 @@ def test_two_processes_do_what_one_does():
         one = by_fit(adapter, steps=STEPS, eval_data=None)
         assert found[kind]["losses"] == pytest.approx(one["losses"], rel=1e-4), recipe
         assert torch.allclose(torch.tensor(found[kind]["vector"]), adapter.vector(), atol=1e-3), recipe
+    assert {kind: found[kind]["apart"] for kind in kinds if kind.startswith("alike")} == {
+        f"alike {recipe}": 0.0 for recipe in BY_PARTS
+    }
+    adapter = attached(TASKS)
+    assert found["tasks"]["losses"] == pytest.approx(by_tasks(adapter)["losses"], rel=1e-4)
+    assert torch.allclose(torch.tensor(found["tasks"]["vector"]), adapter.vector(), atol=1e-3)

@@ -3,7 +3,8 @@
 ``data``: ``fit``. ``ddp``: the user's own loop around DistributedDataParallel. ``shard-first`` and ``attach-first``:
 ``fit`` on a model under torch's fully_shard, sharded before or after the adapter is attached. ``broken``: sharded, with
 a folder (the second argument's), stopped by a signal to the first process after two steps, and resumed. ``sum RECIPE``:
-``fit`` with that recipe (`sums`).
+``fit`` with that recipe (`sums`); ``alike RECIPE``: how far the trained vectors of the two are apart after it.
+``tasks``: ``fit`` of ABMLL on batches of two tasks, one a process.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from small_runs import collated, encoded, llama
 
 STEPS, SIZE = 4, 4
+TASKS = "gaussian-lora(noise='weight', log_variance=-3.0)+abmll(inner_steps=2)"
 
 
 def attached(model):
@@ -31,6 +33,17 @@ def by_fit(adapter, out=None, **changes):
     given |= {"eval_data": encoded(5, 2), "steps": STEPS}
     run = fit(adapter, encoded(29), out, **given | changes)
     return {"losses": run.losses, "held_out": run.held_out}
+
+
+def by_tasks(adapter):
+    """Counting by two and by three are tasks; rows of both alternate, as ``Episodes`` has them."""
+    from veneer.train.loop import fit
+
+    starts, step = torch.arange(8), torch.tensor([2, 3]).repeat(4)
+    rows = [1 + (starts[:, None] + 8 * n + step[:, None] * torch.arange(10)) % 60 for n in range(2 * STEPS)]
+    batches = [{"input_ids": ids, "labels": ids, "task": step} for ids in rows]
+    given = {"steps": STEPS, "accumulate": 2, "lr": 1e-2, "precision": "fp32", "display": False}
+    return {"losses": fit(adapter, batches, **given).losses}
 
 
 def by_ddp(adapter):
@@ -86,6 +99,16 @@ def outcome(kind, out):
     if kind.startswith("sum "):
         adapter = sums.attached(kind.removeprefix("sum "))
         return by_fit(adapter, steps=sums.STEPS, eval_data=None) | {"vector": vector(adapter)}
+    if kind.startswith("alike "):
+        adapter = sums.attached(kind.removeprefix("alike "))
+        by_fit(adapter, steps=sums.STEPS, eval_data=None)
+        mine = adapter.vector()
+        other = mine.clone()
+        torch.distributed.all_reduce(other)
+        return {"apart": float((other - 2 * mine).abs().max()), "size": len(mine)}
+    if kind == "tasks":
+        adapter = sums.attached(TASKS)
+        return by_tasks(adapter) | {"vector": vector(adapter)}
     model = llama()
     if kind == "shard-first":
         model = sharded(model)

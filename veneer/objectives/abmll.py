@@ -31,7 +31,8 @@ class ABMLL(Objective):
     A micro-batch holds a few tasks. For each: φ ← θ; K steps of descent on −log p(support|φ) + β·KL(φ‖θ) with θ held;
     then L = −log p(query|φ) + β·KL(φ‖θ). The loss is the mean of L over the tasks, less γ·log p(θ),
     p(θ) = N(μ; 0, I)·Gamma(1/v; 2, c/5) (Zhang et al. 2025; Ravi & Beatson 2019). First order: the gradient in φ counts
-    as one in θ, beside that of the KL; no graph goes through the inner steps. One draw of the weights a pass.
+    as one in θ, beside that of the KL; no graph goes through the inner steps. One draw of the weights a pass, by the
+    step and the task, so that tasks shared out among processes are drawn as in one.
 
     The form is ``gaussian-lora``. Tensors that train beside it (a new head) get the outer gradient alone. θ is the
     adapter; a φ is a state that ``adapt`` gives: ``with adapter.using(hook.adapt(batch)): hook.predict(rows)``. Memory
@@ -61,6 +62,7 @@ class ABMLL(Objective):
 
     def on_attach(self, adapter: Adapter) -> None:
         self._handle: Any = None
+        self.step = self.micro = 0  # which say, with the task, what is drawn: the same on however many processes
         odd = next((d for d in adapter.members() if not hasattr(d, "gaussian")), None)
         if odd is not None:
             raise UserError(
@@ -71,6 +73,9 @@ class ABMLL(Objective):
         self.on_end()
         self._handle = adapter.model.register_forward_pre_hook(_without_task, prepend=True, with_kwargs=True)
 
+    def before_step(self, step: int) -> None:
+        self.step, self.micro = step, 0
+
     def on_end(self) -> None:
         if self._handle is not None:
             self._handle.remove()
@@ -79,8 +84,8 @@ class ABMLL(Objective):
     def micro_step(self, run: Run, batch: Any) -> Tensor:
         """The gradient of a batch of tasks at θ; gives its loss."""
         found = {p: torch.zeros_like(p) for p in self.adapter.parameters()}
-        tasks = _tasks(batch)
-        losses = [self._task(run, rows, found, number) for number, rows in enumerate(tasks)]
+        tasks, self.micro = _tasks(batch), self.micro + 1
+        losses = [self._task(run, rows, found, name) for name, rows in tasks.items()]
         for slope in found.values():
             slope /= len(tasks)
         loss = torch.stack(losses).mean() + self._prior(found)
@@ -111,15 +116,17 @@ class ABMLL(Objective):
             total = found if total is None else total + found
         return total / max(1, samples)
 
-    def _task(self, run: Run, rows: Any, found: dict[nn.Parameter, Tensor], number: int) -> Tensor:
+    def _task(self, run: Run, rows: Any, found: dict[nn.Parameter, Tensor], name: int) -> Tensor:
         """Adapt to one task and add the gradients of its outer loss to ``found``; gives that loss."""
         support, query = _split(rows, self.support)
+        draw = (self.step, self.micro, name)
         with self._copied() as before:
             if support is not None:
-                draw = ("inner", self.adapter.root.draws, number)
-                self._descend(lambda: run.loss(support), before, draw, self.inner_steps)
-            loss = run.loss(query)
-            for p, slope in zip(found, torch.autograd.grad(loss, list(found), allow_unused=True)):
+                self._descend(lambda: run.loss(support), before, ("inner", *draw), self.inner_steps)
+            with self._drawn(("outer", *draw)):
+                loss = run.loss(query)
+                slopes = torch.autograd.grad(loss, list(found), allow_unused=True)
+            for p, slope in zip(found, slopes):
                 if slope is not None:
                     found[p] += slope
             loss = loss.detach()
@@ -175,11 +182,16 @@ class ABMLL(Objective):
     @contextmanager
     def _still(self, draw: tuple | None) -> Iterator[None]:
         """Eval mode, with the weights drawn for these words and numbers; None: at their mean."""
+        with in_mode(self.adapter.model), self._drawn(draw):
+            yield
+
+    @contextmanager
+    def _drawn(self, draw: tuple | None) -> Iterator[None]:
+        """The weights drawn for these words and numbers; None: as the model's mode has them."""
         for d in self.adapter.members():
             d.sampled = draw
         try:
-            with in_mode(self.adapter.model):
-                yield
+            yield
         finally:
             for d in self.adapter.members():
                 d.sampled = None
@@ -244,15 +256,15 @@ def _without_task(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     return args, {k: v for k, v in kwargs.items() if k != TASK}
 
 
-def _tasks(batch: Any) -> list[Any]:
-    """The rows of each task, in the order in which the tasks come."""
+def _tasks(batch: Any) -> dict[int, Any]:
+    """The rows of each task by its number, in the order in which the tasks come."""
     if not isinstance(batch, Mapping):
         raise UserError(f"abmll takes batches by name (input_ids, labels, task), not a {type(batch).__name__}")
     columns = {k: v for k, v in batch.items() if k != TASK}
     if TASK not in batch:
-        return [columns]
+        return {0: columns}
     of = torch.as_tensor(batch[TASK])
-    return [_taken(columns, (of == t).nonzero()[:, 0], len(of)) for t in dict.fromkeys(of.tolist())]
+    return {t: _taken(columns, (of == t).nonzero()[:, 0], len(of)) for t in dict.fromkeys(of.tolist())}
 
 
 def _split(rows: dict[str, Any], share: float) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -36,6 +36,15 @@ def proposed(found: Curvature, safety: float = 0.5) -> tuple[float, float]:
     return safety * (2 / (high + low)) ** 2, ((high - low) / (high + low)) ** 2
 
 
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Numbers summed over the processes, by way of the device they train on."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    together = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(together)
+    return together.tolist()
+
+
 @method("lr-batch", axis="optim", paper="arXiv:2006.09092", system=69)
 class LRBatch(Optim):
     """Scales the rate with the batch, and probes the curvature that limits it (Granziol, Zohren & Roberts 2020).
@@ -70,7 +79,8 @@ class LRBatch(Optim):
     follow: Annotated[bool, At(doc="train at the proposed rate, instead of noting it")] = False
 
     reads_outputs = False
-    rows = 0
+    rows = 0  # of a step, as far as is known
+    seen = 0  # of the step under way, here
     per_step = 1
     base = 1.0  # the rate of the run
     last: tuple[Any, Run] | None = None
@@ -89,9 +99,20 @@ class LRBatch(Optim):
     def loss(self, outputs: Any, batch: Any, run: Run) -> Tensor | None:
         if not self.busy:
             tensors = batch.values() if hasattr(batch, "values") else batch
-            self.rows = next(len(t) for t in tensors if isinstance(t, Tensor)) * self.per_step
+            count = next(len(t) for t in tensors if isinstance(t, Tensor))
+            self.rows, self.seen = self.rows or count * self.per_step, self.seen + count
             self.last = (batch, run)
         return None
+
+    def before_step(self, step: int) -> None:
+        self.seen = 0
+
+    def before_optimizer(self, step: int) -> None:
+        """The rows of the step are known: all micro-batches', all processes'."""
+        (self.rows,) = (round(n) for n in summed([self.seen], self._device()))
+
+    def _device(self) -> torch.device:
+        return self.adapter.parameters()[0].device
 
     def kind(self) -> Kind:
         """Whether the run's optimiser is SGD; every other counts as adaptive."""
@@ -120,7 +141,7 @@ class LRBatch(Optim):
             self.probes[step] = self.look(step)
 
     def look(self, step: int) -> dict[str, float]:
-        """Probe the curvature on the last micro-batch."""
+        """Probe the curvature on the last micro-batch; of several processes' parts the mean of what they propose."""
         batch, run = self.last
         root = self.adapter.root
         draws, self.busy = root.draws, True
@@ -132,6 +153,8 @@ class LRBatch(Optim):
             root.draws, self.busy = draws, False
         lr, momentum = proposed(found, self.safety)
         said = {"top": found.top, "largest": found.largest, "smallest": found.smallest, "lr": lr, "momentum": momentum}
+        total, *sums = summed([1.0, *said.values()], self._device())
+        said = {k: v / total for k, v in zip(said, sums)}
         if self.probes:
             before = list(self.probes.values())[-1]
             said = {k: self.smoothing * before[k] + (1 - self.smoothing) * v for k, v in said.items()}
