@@ -96,6 +96,17 @@ def test_quick_benches_are_not_listed():
     assert made[0] == "## One training step, beside PEFT's" and len(made) == 6
     assert made[4] == "| a step | 0.5 | 0.4\u00a0–\u00a00.6 | 7 | ≤ 1 (met) |"
     assert pages.benches([record | {"quick": True}]) == []
+    cases = [figure | {"what": f"{name}: a step", "runs": 1} for name in ("lora", "dora", "full")]
+    cases[2] |= {"value": 2.0, "met": False}
+    grid = pages.benches([record | {"figures": [*cases, figure | {"what": "alone"}]}])
+    assert grid[2:7] == [
+        "|  | a step, ≤ 1 |",
+        "| --- | ---: |",
+        "| lora | 0.5 |",
+        "| dora | 0.5 |",
+        "| full | 2 missed |",
+    ]
+    assert grid[8].startswith("| what |") and grid[10].startswith("| alone | 0.5 |")
     assert pages.machines([record]) == "P, 2 cores, torch 2"
 
 

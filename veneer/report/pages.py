@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from veneer.errors import UserError
 from veneer.report.catalogue import FORMS, TITLES, exactly_lora, fields, parameters
 
 Record = Mapping[str, Any]
+SEVERAL = 3  # cases from which figures of one quantity become a column
 BENCHES = {  # titles of the benches' tables
     "cli": "The command line's quick commands",
     "forms": "Each form's step and kept bytes, beside PEFT's",
@@ -28,12 +30,14 @@ BENCHES = {  # titles of the benches' tables
     "plan": "What plan foretells, against what runs take",
     "serve-base": "Serving: adapters beside the engine alone",
     "serve-counts": "Serving: tokens a second against the number of adapters",
+    "serve-gguf": "Serving: our GGUF adapters in llama.cpp",
     "serve-latency": "Serving: latency",
+    "serve-llama": "Serving: beside llama.cpp's server",
     "serve-loading": "Serving: reading an adapter",
     "serve-memory": "Serving: memory promised and taken",
-    "serve-outside": "Serving: other servers and readers",
     "serve-peft": "Serving: beside PEFT's mixed batches",
     "serve-scale": "Serving: a thousand adapters",
+    "serve-vllm": "Serving: beside vLLM",
     "starts": "Starts of the factors",
     "step": "One training step, beside PEFT's",
 }
@@ -284,20 +288,61 @@ def _measured(record: Record) -> str:
 
 
 def benches(found: Sequence[Record]) -> list[str]:
-    """Every figure of every bench that was run in full, with its target: a heading and a table for each."""
+    """Every figure of every bench that was run in full, with its target: a heading and tables for each."""
     lines = []
     for record in found:
-        rows = []
-        for line in record.get("figures", ()) if not record.get("quick") else ():
-            value = f"{line['value']:.4g} {line['unit']}".strip()
-            spread = f"{line['low']:.4g}\u00a0–\u00a0{line['high']:.4g}" if line["runs"] > 1 else ""
-            target = f"{line['target']} ({'met' if line['met'] else 'missed'})" if line["target"] else ""
-            rows.append([escaped(line["what"]), value, spread, str(line["runs"]), target])
-        if rows:
-            head = ("what", "measured", "quartiles", "runs", "target")
-            title = BENCHES.get(record["name"], record["name"])
-            lines += [f"## {title}", "", *table(head, rows, (1, 2, 3)), ""]
+        figures = () if record.get("quick") else record.get("figures", ())
+        grid, rest = _grid(figures)
+        if figures:
+            lines += [f"## {BENCHES.get(record['name'], record['name'])}", ""]
+            lines += [*grid, ""] if grid else []
+            lines += [*_figures(rest), ""] if rest else []
     return lines
+
+
+def _figures(figures: Iterable[Record]) -> list[str]:
+    rows = []
+    for line in figures:
+        target = f"{line['target']} ({'met' if line['met'] else 'missed'})" if line["target"] else ""
+        rows.append([escaped(line["what"]), _value(line), _spread(line), str(line["runs"]), target])
+    return table(("what", "measured", "quartiles", "runs", "target"), rows, (1, 2, 3))
+
+
+def _grid(figures: Iterable[Record]) -> tuple[list[str], list[Record]]:
+    """Figures named "case: quantity" as a line for each case, where several cases have the quantity; and the others."""
+    cases: dict[str, dict[str, Record]] = {}
+    count = Counter(line["what"].rpartition(": ")[2] for line in figures if ": " in line["what"])
+    quantities, rest = [q for q, n in count.items() if n >= SEVERAL], []
+    for line in figures:
+        case, _, quantity = line["what"].rpartition(": ")
+        if case and quantity in quantities:
+            cases.setdefault(case, {})[quantity] = line
+        else:
+            rest.append(line)
+    if not cases:
+        return [], rest
+    head = []
+    for quantity in quantities:
+        targets = {own[quantity]["target"] for own in cases.values() if quantity in own} - {"", None}
+        head.append(escaped(quantity) + (f", {targets.pop()}" if len(targets) == 1 else ""))
+    rows = [[escaped(case), *(_told(own.get(q)) for q in quantities)] for case, own in cases.items()]
+    return table(("", *head), rows, range(1, len(head) + 1)), rest
+
+
+def _told(line: Record | None) -> str:
+    """A figure in a cell: its value, its quartiles, and whether it missed its target."""
+    if line is None:
+        return ""
+    spread = _spread(line)
+    return _value(line) + (f" ({spread})" if spread else "") + (" missed" if line["target"] and not line["met"] else "")
+
+
+def _value(line: Record) -> str:
+    return f"{line['value']:.4g} {line['unit']}".strip()
+
+
+def _spread(line: Record) -> str:
+    return f"{line['low']:.4g}\u00a0–\u00a0{line['high']:.4g}" if line["runs"] > 1 else ""
 
 
 def machines(found: Sequence[Record]) -> str:
