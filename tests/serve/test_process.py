@@ -13,6 +13,7 @@ import httpx
 import pytest
 from tiny import FORMS, MODELS, trained
 
+COMMAND = [sys.executable, "-m", "veneer.cli", "serve"]
 ASK = {"model": "lora8", "prompt": "abc abd", "max_tokens": 12, "temperature": 0}
 
 
@@ -39,7 +40,7 @@ class Running:
 
     def __init__(self, folders, port):
         base, adapters = folders
-        command = [sys.executable, "-m", "veneer.cli", "serve", "--model", base, "--adapters", adapters]
+        command = [*COMMAND, "--model", base, "--adapters", adapters]
         command += ["--port", port, "--memory", "0.01", "--batch", "4", "--threads", "1", "--drain", "60"]
         self.address = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
@@ -63,6 +64,15 @@ class Running:
 
 def files(root):
     return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_an_address_that_is_taken_is_said_in_one_sentence_before_the_model_is_read(folders):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [*COMMAND, "--model", str(folders[0]), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"veneer: cannot listen on 127.0.0.1:{port} (") and done.stderr.count("\n") == 1
 
 
 def test_a_killed_server_starts_again_clean_and_a_stopped_one_finishes_what_it_began(folders):

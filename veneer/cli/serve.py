@@ -67,7 +67,7 @@ def command(
     if token is None and host not in LOCAL:
         raise UserError(f"--host {host} lets other machines ask; set --token or VENEER_TOKEN, or leave --host out")
     from veneer.serve.check import check as look
-    from veneer.serve.run import packages, run
+    from veneer.serve.run import bound, packages, run
     from veneer.serve.start import Start
 
     start = Start(model, dtype, memory, batch, queue, chunk, policy, deadline, eviction, threads)
@@ -91,5 +91,6 @@ def command(
 
         several.run(start, settings, replicas, host, port)
         return
-    engine, tokenizer = start.engine()
-    run(engine, tokenizer, settings, host, port)
+    with bound(host, port) as address:  # before the model is read, which takes long
+        engine, tokenizer = start.engine()
+        run(engine, tokenizer, settings, address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,22 @@ class Lines(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def run(engine: Engine, tokenizer: Any, settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal; requests under way get ``settings.drain`` seconds to finish."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet; raises UserError when it cannot be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror}); is another server there? choose another --port"
+        ) from None
+    return found
+
+
+def run(engine: Engine, tokenizer: Any, settings: Settings, address: socket.socket) -> None:
+    """Serve at a `bound` address until a signal; requests under way get ``settings.drain`` seconds to finish."""
     packages()
     import uvicorn
 
@@ -57,8 +72,6 @@ def run(engine: Engine, tokenizer: Any, settings: Settings, host: str, port: int
         log.setLevel(logging.INFO)
     config = uvicorn.Config(
         build(engine, tokenizer, settings),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=max(1, int(settings.drain)),
@@ -66,7 +79,7 @@ def run(engine: Engine, tokenizer: Any, settings: Settings, host: str, port: int
         http="h11",
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = uvicorn.Server(config)
-    server.run()
-    if not server.started:
-        raise UserError(f"cannot listen on {host}:{port}; is another server there? choose another --port")
+    host, port = address.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logging.getLogger("veneer.serve").info(json.dumps({"event": "listening", "address": where}))
+    uvicorn.Server(config).run(sockets=[address])
