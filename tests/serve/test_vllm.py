@@ -135,7 +135,7 @@ def test_the_flag_is_the_least_that_holds_the_rank():
     assert [most(r) for r in (1, 2, 8, 17, 200, 512)] == [1, 8, 8, 32, 256, 512]
 
 
-def test_the_command_writes_it_and_says_how_to_serve_it(tmp_path, capsys):
+def test_the_command_writes_it_and_says_how_to_serve_it(tmp_path, capsys, monkeypatch):
     from veneer.cli import main
 
     base = MODELS["llama"]()
@@ -151,5 +151,10 @@ def test_the_command_writes_it_and_says_how_to_serve_it(tmp_path, capsys):
     code, out = said(tmp_path / "theirs", "--tolerance", "0.01")
     rank = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["r"]
     assert code == 0 and f"--max-lora-rank {most(rank)} --lora-modules theirs=" in out.out
+    own = veneer.load_model
+    monkeypatch.setattr(veneer, "load_model", lambda name, **more: own(tmp_path / "base", **more))
+    given[2] = "a-name-of-ours"
+    code, out = said(tmp_path / "again", "--tolerance", "0.01")
+    assert code == 0 and f"vllm serve {tmp_path / 'base'} --enable-lora" in out.out
     code, out = said(tmp_path / "more", "--format", "gguf")
     assert code == 2 and "--format gguf was asked for" in out.err

@@ -60,11 +60,14 @@ def command(
     base, tokenizer = veneer.load_model(model, task=purpose.get("task"), **purpose.get("head", {}))
     loaded = veneer.load(base, adapter)
     if server == "vllm":
+        from veneer.io.files import read_json
+        from veneer.io.peft_config import CONFIG
         from veneer.io.vllm import most, write
 
         done = write(loaded, out, **options)
         rank = max(done.ranks.values())
-        how = f"vllm serve {model} --enable-lora --max-lora-rank {most(rank)} --lora-modules {Path(out).name}={out}"
+        folder = read_json(done.path / CONFIG).get("base_model_name_or_path") or model  # not a name that we alone know
+        how = f"vllm serve {folder} --enable-lora --max-lora-rank {most(rank)} --lora-modules {Path(out).name}={out}"
         screen().print(f"wrote {done}\nserve it with: {how}", soft_wrap=True, markup=False, highlight=False)
         return
     written = loaded.export(out, format=format, **options)
