@@ -100,3 +100,8 @@ def test_sizes_follow_the_layer_and_impossible_ones_are_refused():
         single(nn.Linear(9, 2), "boft(factors=2)")
     with pytest.raises(UserError, match="both 0"):
         single(nn.Linear(8, 2), "boft(block_size=0)")
+
+
+def test_it_has_no_factors_to_be_drawn_together():
+    with pytest.raises(UserError, match=r"orthogonal draws trained factors .* has none"):
+        single(nn.Linear(8, 8), "boft(block_size=4)+orthogonal")

@@ -91,6 +91,25 @@ def test_each_task_is_seen_from_the_model_and_learns(task):
     assert named in run.record["held_out"]["scores"]
 
 
+@pytest.mark.parametrize("task", [k for k in KINDS if k != "causal"])
+def test_the_loss_is_in_fp32_whatever_the_base_computes_in(task):
+    torch.manual_seed(0)
+    model, batch = KINDS[task]().eval(), batches(task)[0]
+    exact, _ = Task(task).with_outputs(model, batch)
+    assert torch.equal(exact, model(**batch).loss)
+    batch = {k: v.bfloat16() if k == "pixel_values" else v for k, v in batch.items()}
+    loss, outputs = Task(task).with_outputs(model.bfloat16(), batch)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.03)
+    outputs.logits = outputs.logits.double()
+    with torch.no_grad():
+        logits, labels = outputs.logits, batch["labels"]
+        expected = (
+            F.mse_loss(logits.squeeze(-1), labels.double()) if task == "regression"
+            else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        )  # fmt: skip
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_held_out_loss_is_the_mean_over_units_and_not_over_batches():
     model, rows = llama(), encoded(10)
     found = scores(model, BatchFeed(collated(rows, 3), Task("causal")), Task("causal"), Processes())

@@ -44,7 +44,7 @@ class Orthogonal(Objective):
         """Every trained factor as (r, n); of a form that keeps them in pieces, put together."""
         found = []
         for d in self.adapter.members():
-            if hasattr(d, "factors"):
+            if callable(getattr(d, "factors", None)):
                 A, B = d.factors()
                 found += [A, B.T]
                 continue

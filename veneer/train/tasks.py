@@ -76,7 +76,7 @@ class Task:
         """(mean loss, the model's outputs), for objectives that read them; a causal model's logits are late."""
         if self.custom is None and self.name != "causal":
             outputs = forward(model, batch)
-            return self._checked(getattr(outputs, "loss", None)), outputs
+            return self._checked(self._wide(outputs, batch)), outputs
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
@@ -90,6 +90,17 @@ class Task:
             head = plain_head(model)
             outputs = outputs if head is None else LateLogits(outputs, head)
         return loss, outputs
+
+    def _wide(self, outputs: Any, batch: Any) -> Any:
+        """The model's loss; made again in fp32 where its logits have fewer bits, to which it would be rounded."""
+        loss, logits, labels = getattr(outputs, "loss", None), getattr(outputs, "logits", None), batch.get("labels")
+        if not isinstance(logits, Tensor) or logits.dtype not in (torch.bfloat16, torch.float16) or labels is None:
+            return loss
+        if self.name == "regression":
+            return F.mse_loss(logits.float().view_as(labels), labels.float())
+        if labels.is_floating_point() or logits.shape[:-1] != labels.shape:  # several classes at once
+            return loss
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
     def plainly(self, model: nn.Module, batch: Any) -> Tensor:
         """The same mean loss by one plain forward of the whole model, in which every module's own forward runs."""
