@@ -68,6 +68,14 @@ READ = {
     "MiSS on blocks": ("llama", {"form": "Miss", "r": 8, "target_modules": MLP, "init_weights": "bat"}),
     "AdaLoRA": ("llama", {"form": "AdaLora", "init_r": 4, "lora_alpha": 6, "target_modules": MLP, "total_step": 9}),
     "KaSA": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": MLP, "kasa_config": {"beta": 1e-3, "gamma": 2e-3}}),
+    "BEFT": ("llama", {"form": "Beft", "target_modules": MLP}),
+    "BEFT of a classifier": ("bert", {"form": "Beft", "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "SHiRA": ("llama", {"form": "Shira", "r": 2, "target_modules": MLP, "random_seed": 5}),
+    "Super-Tuning": ("llama", {"form": "Supertuning", "sparsity": 0.95, "target_modules": MLP}),
+    "Super-Tuning of small entries with a pair": (
+        "llama",
+        {"form": "Supertuning", "sparsity": 0.97, "select_top": False, "r": 3, "lora_alpha": 4, "target_modules": Q},
+    ),
     "layer norms": ("llama", {"form": "LNTuning", "target_modules": ["input_layernorm", "norm"]}),
     "layer norms of a classifier": ("bert", {"form": "LNTuning", "target_modules": ["LayerNorm"]}),
     "tokens": ("llama", {"form": "TrainableTokens", "token_indices": [10, 59], "target_modules": ["embed_tokens"]}),
@@ -120,8 +128,11 @@ WRITE = {
     "KaSA": ("llama", "kasa(rank=3)", "linear", "LORA"),
     "full": ("llama", "full", ["v", "up"], "LN_TUNING"),
     "full with norms": ("bert", "full(norms=True)", ["value"], "LN_TUNING"),
-    "biases": ("bert", "bitfit", "attention", "LN_TUNING"),
+    "biases": ("bert", "bitfit", "attention", "BEFT"),
     "biases that were none": ("llama", "bitfit", "attention", "LORA"),
+    "biases of Conv1D": ("gpt2", "bitfit", "attention", "LN_TUNING"),
+    "sparse entries": ("llama", "composable-sft(select='random', proportion=0.05)", "linear", "SUPERTUNING"),
+    "sparse entries beside a pair": ("llama", "sltrain(rank=3, alpha=4, density=0.03)", "linear", "SUPERTUNING"),
     "a classifier": ("bert", "loha(rank=2)", "attention", "LOHA"),
 }
 
@@ -146,6 +157,8 @@ PROMPTED = {
     "a prompt": ("llama", "PromptTuning", "prompt(length=3)"),
     "a prompt of a classifier": ("bert", "PromptTuning", "prompt(length=3, pooled='prompt')"),
     "what P-tuning left": ("llama", "PromptEncoder", None),
+    "what CPT left": ("llama", "CPT", None),
+    "a cartridge": ("llama", "Cartridge", None),
     "a prefix": ("llama", "PrefixTuning", "prefix(length=3)"),
     "a prefix of GPT-2": ("gpt2", "PrefixTuning", "prefix(length=3)"),
     "a projected prefix": ("llama", "PrefixTuning", "prefix(length=3, projection=True, hidden=5)"),
@@ -156,9 +169,14 @@ PROMPTED = {
 def test_prompts_and_prefixes_go_both_ways(case, tmp_path, peft_directory):
     kind, form, recipe = PROMPTED[case]
     options = {"encoder_hidden_size": 8} if form == "PromptEncoder" else {}
+    options |= (
+        {"cpt_token_ids": [5, 7, 9], "cpt_mask": [1] * 3, "cpt_tokens_type_mask": [1, 2, 3]} if form == "CPT" else {}
+    )
+    options |= {"opt_projection_epsilon": 9.0, "opt_projection_format_epsilon": 9.0} if form == "CPT" else {}
     options |= {"prefix_projection": True, "encoder_hidden_size": 5} if "projected" in case else {}
     task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
-    directory, wanted, _ = peft_directory(kind, form=form, num_virtual_tokens=3, task_type=task, **options)
+    options |= {} if form == "CPT" else {"num_virtual_tokens": 3}
+    directory, wanted, _ = peft_directory(kind, form=form, task_type=task, **options)
     here = make(kind)
     base = run(here.model, here.batch)
     adapter = veneer.load(here.model, directory)
@@ -214,3 +232,37 @@ def test_what_was_trained_with_other_regularisers_says_so(peft_directory):
     with pytest.warns(UserWarning, match="rank_dropout=0.1 is not known to loha"):
         veneer.load(here.model, directory)
     torch.testing.assert_close(run(here.model, here.batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_entries_that_do_not_fit_are_refused_by_name(tmp_path):
+    directory, _, _ = saved(tmp_path, "llama", form="Supertuning", sparsity=0.95, target_modules=Q)
+    content = load_file(directory / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.q_proj.supertuning_indices"
+    for changed, words in (
+        (
+            {k: v for k, v in content.items() if k != key},
+            "no supertuning_indices for .*layers.1.*save_precomputed_indices",
+        ),
+        (content | {key: content[key] + 32 * 32}, "has no entry"),
+        (content | {key: content[key][1:].clone()}, "do not go together"),
+        ({k: v for k, v in content.items() if "layers.1.self_attn.q" not in k}, "disagree about model.layers.1"),
+    ):
+        save_file(changed, directory / "adapter_model.safetensors")
+        here = make("llama")
+        with pytest.raises(UserError, match=words):
+            veneer.load(here.model, directory)
+        assert not veneer.adapters(here.model)
+
+
+def test_layers_with_other_counts_of_entries_share_pefts_one_sparsity(tmp_path):
+    here = make("llama")
+    adapter = veneer.attach(here.model, "composable-sft(select='random', entries=300)", sites="attention")
+    shake(here.model)
+    wanted = run(here.model, here.batch)
+    counts = {p: len(d.v) for p, d in adapter.deltas.items()}
+    assert len(set(counts.values())) > 1
+    adapter.export(tmp_path / "out")
+    content = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    written = {k: t for k, t in content.items() if k.endswith("values")}
+    assert sum(int((t != 0).sum()) for t in written.values()) == 300
+    torch.testing.assert_close(run(loaded(tmp_path / "out", "llama"), here.batch), wanted, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor, nn
 
 from veneer.core.delta import Delta, LoRAForm, Slot
-from veneer.core.registry import method
+from veneer.core.registry import PeftMap, method
 from veneer.core.site import Site, parameter_site
 from veneer.errors import UserError
 from veneer.fields import At
@@ -41,6 +41,7 @@ class BitFit(Delta):
     ] = "create"
 
     usual_rate = 2e-3
+    peft = PeftMap("BEFT", keys={"delta": "beft_bias"})
     layers = ("linear", "conv")
     reasons = {"as_lora": "the change does not depend on the input"}
 

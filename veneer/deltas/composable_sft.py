@@ -15,7 +15,7 @@ from veneer.core.adapted import Base
 from veneer.core.context import Context
 from veneer.core.delta import Delta, LoRAForm, Slot
 from veneer.core.hook import Phase, Plan, Ranks, Schedule
-from veneer.core.registry import method
+from veneer.core.registry import PeftMap, method
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import chance
@@ -74,6 +74,7 @@ class ComposableSFT(Delta):
     l1_sparse: Annotated[float, At(ge=0, doc="λ of the L1 term in sparse phases")] = 0.0
 
     usual_rate = 5e-5
+    peft = PeftMap("SUPERTUNING", keys={"v": "supertuning_values", "indices": "supertuning_indices"})
     reasons = {"as_lora": "a sparse difference has full rank"}
 
     def slots(self) -> Iterable[Slot]:

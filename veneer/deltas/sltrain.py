@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, LoRAForm, Slot
-from veneer.core.registry import method
+from veneer.core.registry import PeftMap, method
 from veneer.fields import At
 from veneer.numerics.chance import kaiming_uniform, zeros
 
@@ -48,6 +48,16 @@ class SLTrain(Delta):
     density: Annotated[float, At(gt=0, le=1, doc="δ, the share of entries in the sparse part")] = 0.01
     replace: Annotated[bool, At(doc="stand for W, for pre-training, in place of changing it")] = False
 
+    peft = PeftMap(
+        "SUPERTUNING",
+        fields={"rank": "r", "alpha": "lora_alpha"},
+        keys={
+            "A": "supertuning_lora_A",
+            "B": "supertuning_lora_B",
+            "v": "supertuning_values",
+            "indices": "supertuning_indices",
+        },
+    )
     reasons = {"as_lora": "the sparse part has full rank"}
 
     def slots(self) -> Iterable[Slot]:

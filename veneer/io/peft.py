@@ -17,10 +17,10 @@ from veneer.core.adapter import Adapter
 from veneer.core.site import Site, all_sites, site_at
 from veneer.errors import UserError, nearest
 from veneer.fields import fields_of
-from veneer.io import peft_loftq, peft_mixture, peft_prompt, peft_whole
+from veneer.io import peft_entries, peft_loftq, peft_mixture, peft_prompt, peft_whole
 from veneer.io.files import read_json, read_tensors, same, typed
 from veneer.io.peft_config import CONFIG, TENSORS, Config, read_config, selects
-from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, KINDS, PROMPTS, TRANSLATED, WHOLE, lie
+from veneer.io.peft_kinds import ALTERNATIVES, DERIVED, ENTRIES, KINDS, PROMPTS, TRANSLATED, WHOLE, lie
 from veneer.io.peft_start import starts
 from veneer.io.peft_tensors import Content, check_layer, ending, sort, to_dense
 from veneer.io.peft_translate import tensors_of
@@ -52,7 +52,11 @@ def read(
     """
     directory = Path(directory)
     kind = str(typed(read_json(directory / CONFIG), "peft_type", (str,), directory / CONFIG)).upper()
-    if initial is not None and kind in KINDS.keys() | TRANSLATED.keys() | {*PROMPTS, *WHOLE} and kind != "LORA":
+    if (
+        initial is not None
+        and kind in KINDS.keys() | TRANSLATED.keys() | {*PROMPTS, *WHOLE, *ENTRIES}
+        and kind != "LORA"
+    ):
         raise UserError(f"initial={str(initial)!r} is for LoRA, whose starts may move the base; {directory} is {kind}")
     if kind == peft_mixture.KIND:
 
@@ -62,6 +66,8 @@ def read(
         return attach_from(model, *peft_mixture.read(model, directory, expert), name=name, force=True)
     if kind in WHOLE:
         return attach_from(model, *peft_whole.read(model, directory), name=name, force=True)
+    if kind in ENTRIES:
+        return attach_from(model, *peft_entries.read(model, directory), name=name, force=True)
     config = read_config(directory / CONFIG)
     tensors = directory / TENSORS
     if config.kind in PROMPTS:

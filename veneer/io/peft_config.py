@@ -23,7 +23,7 @@ from veneer.core.registry import Method, PeftMap
 from veneer.core.site import type_named
 from veneer.errors import UserError, nearest
 from veneer.io.files import read_json, typed
-from veneer.io.peft_kinds import PROMPTS, TRANSLATED, VARIANT_FIELDS, VARIANTS, WHOLE
+from veneer.io.peft_kinds import ENTRIES, PROMPTS, TRANSLATED, VARIANT_FIELDS, VARIANTS, WHOLE
 from veneer.io.peft_translate import translated
 from veneer.models import architecture
 
@@ -130,11 +130,7 @@ class Config:
 
     def selected(self, model: nn.Module) -> list[str]:
         """The paths of the modules that the config adapts, in the model's order."""
-        targets = self.raw["target_modules"]
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            targets = _all_linear(model, self.raw.get("task_type"))
-        paths = [path for path, _ in architecture.named_modules(model) if path]
-        return [p for p in paths if selects(p, targets, self.raw)]
+        return selected(model, self.raw)
 
 
 def read_config(path: Path) -> Config:
@@ -214,7 +210,7 @@ def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
         if m.cls.peft.type == kind.upper() and all(raw.get(k) == v for k, v in constants[m.name].items())
     ]
     if not fitting:
-        types = sorted({m.cls.peft.type for m in mapped} | set(TRANSLATED) | set(WHOLE))
+        types = sorted({m.cls.peft.type for m in mapped} | {*TRANSLATED, *WHOLE, *ENTRIES})
         raise UserError(
             f"{path}: peft_type {kind!r} cannot be read{nearest(kind, types)}; supported: {', '.join(types)}"
         )
@@ -256,6 +252,15 @@ def _refuse_unsupported(raw: Mapping[str, Any], method: Method, path: Path) -> N
     if not derived and start not in (*PLAIN_STARTS, *LOST_STARTS, "none"):
         known = [*PLAIN_STARTS, *DERIVED_STARTS, "pissa_niter_N", *LOST_STARTS]
         raise UserError(f"{path}: init_lora_weights is {start!r}; supported: {', '.join(known)}{nearest(start, known)}")
+
+
+def selected(model: nn.Module, raw: Mapping[str, Any]) -> list[str]:
+    """The paths of the modules that the content of a config adapts, in the model's order."""
+    targets = raw["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _all_linear(model, raw.get("task_type"))
+    paths = [path for path, _ in architecture.named_modules(model) if path]
+    return [p for p in paths if selects(p, targets, raw)]
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:

@@ -36,9 +36,16 @@ KINDS = {
 }
 PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING")  # no layers: one tensor ahead of the input or of keys and values
 WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")  # base tensors themselves
+ENTRIES = ("BEFT", "SHIRA", "SUPERTUNING")  # single entries of a layer, see ``peft_entries``
 
 # What PEFT reads under other names, or older files hold → the kind whose reader takes them, see ``peft_translate``.
-TRANSLATED = {"ADALORA": "LORA", "P_TUNING": "PROMPT_TUNING", "BONE": "MISS"}
+TRANSLATED = {
+    "ADALORA": "LORA",
+    "P_TUNING": "PROMPT_TUNING",
+    "CPT": "PROMPT_TUNING",
+    "CARTRIDGE": "PREFIX_TUNING",
+    "BONE": "MISS",
+}
 
 
 @dataclass(frozen=True)

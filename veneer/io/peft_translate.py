@@ -1,8 +1,8 @@
 """Files of one form that are another form's in effect, put into that form before they are read.
 
 AdaLoRA's singular values go into its A, and its scale α/(r + 1e-5), r the rank before pruning, into α; Tucker factors
-of LoHa and LoKr are multiplied into their neighbours, which gives the same matrix at the same rank; P-tuning leaves a
-prompt; Bone is what MiSS was called before.
+of LoHa and LoKr are multiplied into their neighbours, which gives the same matrix at the same rank; P-tuning and
+CPT leave a prompt, a cartridge is a prefix that nothing projects; Bone is what MiSS was called before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from veneer.io.peft_kinds import TRANSLATED
 
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _ENCODER = ("encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type")
+_CPT = ("cpt_", "opt_")  # which of its tokens train, how far they may move, and how its loss weighs examples
 
 
 def translated(raw: Mapping[str, Any], kind: str, path: Path) -> dict[str, Any]:
@@ -29,6 +30,10 @@ def translated(raw: Mapping[str, Any], kind: str, path: Path) -> dict[str, Any]:
         return _from_adalora(config, path)
     if kind.upper() == "P_TUNING":
         return {k: v for k, v in config.items() if k not in _ENCODER}
+    if kind.upper() == "CPT":
+        return {k: v for k, v in config.items() if not k.startswith(_CPT)}
+    if kind.upper() == "CARTRIDGE":
+        return {k: v for k, v in config.items() if k != "num_frozen_tokens"}
     return config
 
 

@@ -56,8 +56,8 @@ def read(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict[str, T
             )
     if not values:
         raise UserError(f"{file} holds no trained tensor: the file is empty or incomplete")
-    values = _with_ties(model, values, file)
-    trained = [n for n, _ in _heads(model)]
+    values = with_ties(model, values, file)
+    trained = [n for n, _ in heads(model)]
     state = {f"{n}.value": t.float() for n, t in values.items()}
     description = {
         "recipe": "full(norms=True)",
@@ -69,18 +69,19 @@ def read(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict[str, T
         "phase": 0,
         "base": base_fingerprint(model, without=[*values, *trained]),
     }
-    state |= {f"train:{n}": p.detach().float() for n, p in _heads(model) if n not in values}
+    state |= {f"train:{n}": p.detach().float() for n, p in heads(model) if n not in values}
     return description, state
 
 
-def _heads(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def heads(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The tensors of a task head, which train with every adapter."""
     from veneer.parts.attach import trained_tensors
 
     own = dict(model.named_parameters(remove_duplicate=False))
     return [(n, own[n]) for n in trained_tensors(model, ())]
 
 
-def _with_ties(model: nn.Module, values: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def with_ties(model: nn.Module, values: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Each tensor once under the name of the first layer that shares it; PEFT's copies are apart, ours are one."""
     for group in architecture.tied(model):
         given = [n for n in group if n in values]

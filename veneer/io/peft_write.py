@@ -15,7 +15,7 @@ from veneer.core.delta import Delta, Written
 from veneer.core.registry import PeftMap
 from veneer.core.site import Site, site_at, type_named
 from veneer.errors import UserError
-from veneer.io import peft_loftq, peft_mixture, peft_own, peft_prompt, peft_whole
+from veneer.io import peft_entries, peft_loftq, peft_mixture, peft_own, peft_prompt, peft_whole
 from veneer.io.files import staged, write_json, write_tensors
 from veneer.io.peft_config import CONFIG, PREFIX, TENSORS, own_map
 from veneer.io.peft_kinds import KINDS, PROMPTS
@@ -50,6 +50,9 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
 def _content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) in the form's own kind, else as plain LoRA."""
     mapped = _own_map(adapter)
+    if peft_entries.kind_of(adapter):
+        config, tensors, sites, within = peft_entries.content(adapter)
+        return config, tensors | _saved(adapter, sites, config, within)
     if not any(_factored(d) for d in adapter.deltas.values()):
         made = _made_biases(adapter)
         return lora(adapter, made) if made else peft_whole.content(adapter)
