@@ -15,8 +15,8 @@ CLAIM = Claim(
         "pissa": With("lora+pissa", rank=4),
         "diversity alone": With("lora+pissa+ba-lora(consistency=0.0, svd=0.0)", rank=4),
     },
-    rates=(1e-3, 3e-3, 1e-2, 3e-2),
-    seeds=3,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    seeds=8,
     rule=every(above("ba-lora", "lora"), above("ba-lora", "pissa")),
 )
 

@@ -17,8 +17,8 @@ CLAIM = Claim(
         "lora": With("lora(rank=8, alpha=16)", **SITES),
         "full": With("full", **SITES),
     },
-    rates=(1e-3, 3e-3, 1e-2, 3e-2),
-    seeds=3,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    seeds=8,
     rule=every(above("galore", "lora"), above("galore", "full", by=-0.01)),
     note="The moments of a 128 × 128 matrix are 2,048 numbers beside 32,768, and its subspace 1,024.",
 )

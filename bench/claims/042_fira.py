@@ -18,8 +18,8 @@ CLAIM = Claim(
         "lora": With("lora(rank=2, alpha=4)", **SITES),
         "full": With("full", **SITES),
     },
-    rates=(3e-3, 1e-2, 3e-2, 1e-1),
-    seeds=3,
+    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    seeds=8,
     rule=every(below("fira", "galore", on="train_loss"), above("fira", "galore")),
 )
 

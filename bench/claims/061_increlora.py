@@ -14,7 +14,7 @@ CLAIM = Claim(
         "lora": With("lora", rank=3, alpha=16, sites="all"),
     },
     rates=(1e-3, 3e-3, 1e-2, 3e-2),
-    seeds=5,
+    seeds=8,
     rule=above("increlora", "lora"),
     note="α = 16 in both, so that s is the same where the ranks are.",
 )

@@ -16,8 +16,8 @@ CLAIM = Claim(
         "λ = 1e-5": "full+m-fac(window=128, damping=1e-5)",
         "adamw": "full",
     },
-    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    seeds=3,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    seeds=8,
     rule=every(below("m-fac", "adamw", on="train_loss"), above("m-fac", "adamw")),
     note="From scratch, weights alone; `m-fac` has λ = 1e-3.",
 )

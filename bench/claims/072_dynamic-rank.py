@@ -48,8 +48,8 @@ CLAIM = Claim(
         "lora": With(function=plain),
         "gates, no threshold": With(function=dynamic),
     },
-    rates=(1e-3, 3e-3, 1e-2),
-    seeds=3,
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    seeds=8,
     measures={"second": second, "kept rank": kept_rank},
     rule=above("dynamic-rank", "lora"),
     note="`test` is the first task's accuracy after both, and so is what the rate is chosen by, on validation data; "

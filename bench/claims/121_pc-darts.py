@@ -43,7 +43,7 @@ CLAIM = Claim(
     "channels than with all.",
     task=Digits(change="pixels", widths=(64, 128, 128, 128, 10), shots=800, epochs=32),
     contestants={"K = 4": With(function=quarter), "K = 1": With(function=full)},
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     seeds=4,
     sweep_seeds=1,
     measures={"agreement": agreement},

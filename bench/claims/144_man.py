@@ -57,7 +57,7 @@ CLAIM = Claim(
         "local": f"{FORM}+man(blocks={DEPTH}, auxiliary='none')",
         "end to end": FORM,
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     seeds=3,
     rule=every(below("man", "local"), below("man", "end to end", by=-0.02)),
     note="A residual MLP of eight layers, each a local block; local is the same head at each block's own output. "
