@@ -75,11 +75,13 @@ def command(
         found.setdefault("adapters", {})[folder] = report
         console.print(f"{folder}: {report['recipe']}, {report['parameters']:,} parameters")
         console.print(shown.adapter_table(report["blocks"]))
+        console.print()
         console.print(shown.adapter_table(report["roles"], "role"))
+        console.print()
         totals = report["totals"]
         grouped = f", {totals['grouped']} of them among near-equal directions of the base" if totals["grouped"] else ""
         console.print(
-            f"{totals['intruders']} intruders among {totals['looked_at']} leading directions "
+            f"{totals['intruders']} intruder{'s' * (totals['intruders'] != 1)} among {totals['looked_at']} directions "
             f"({100 * totals['energy']:.1f} % of their energy){grouped}; mean drift {100 * totals['drift']:.2f} %"
         )
         for warning in report["warnings"]:

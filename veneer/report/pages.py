@@ -37,7 +37,7 @@ BENCHES = {  # titles of the benches' tables
     "serve-memory": "Serving: memory promised and taken",
     "serve-peft": "Serving: beside PEFT's mixed batches",
     "serve-scale": "Serving: a thousand adapters",
-    "serve-vllm": "Serving: beside vLLM",
+    "serve-vllm": "Serving: our adapters in vLLM's reader",
     "starts": "Starts of the factors",
     "step": "One training step, beside PEFT's",
 }
