@@ -3,14 +3,17 @@
 SmolLM2-135M-Instruct, LoRA of rank 16 on its 210 linear layers, one epoch over the first rows of a prompt–completion
 file, loss on the completion and its end token. Every run is a process of its own, the two sides by turns. Both get the
 same encoded rows; the clock runs while they train, not while they import, load, attach or evaluate. Each side makes its
-own batches: TRL's hold rows in random order, Veneer's rows of like length.
+own batches, in a random order of its own; the seed of a run is the number of its round. What was trained is evaluated
+in fp32 on both sides, so that losses compare what was learnt and not the precision of the evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +34,7 @@ IGNORED = -100
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Both sides, ``repeats`` times each by turns; with ``--fp32`` TRL's fp32 run once.
+    """Both sides, ``repeats`` times each by turns; with ``--fp32`` TRL's fp32 run as well.
 
     Raises:
         UserError: the data is missing.
@@ -43,11 +46,10 @@ def measure(options: argparse.Namespace) -> Report:
         job = Path(folder) / "job.json"
         content = encoded(train, held, *counts, dtypes=("bfloat16", "float32") if options.fp32 else ("bfloat16",))
         job.write_text(json.dumps(content), encoding="utf-8")
-        samples = alternate(
-            {side: lambda side=side: _run(side, job) for side in ("veneer", "trl-bf16")}, repeats(options)
-        )
-        if options.fp32:
-            samples["trl-fp32"] = [_run("trl-fp32", job)]
+        sides = ("veneer", "trl-bf16", *(("trl-fp32",) if options.fp32 else ()))
+        rounds = {side: itertools.count() for side in sides}
+        cases = {side: lambda side=side: _run(side, job, next(rounds[side])) for side in sides}
+        samples = alternate(cases, repeats(options))
     expected = {name: content[name] for name in ("tokens", "trained")}
     for side, runs in samples.items():
         for run in runs:
@@ -80,14 +82,14 @@ def _figures(samples: dict[str, list[dict[str, Any]]]) -> list[Any]:
     ]
     if "trl-fp32" not in samples:
         return figures
-    (single,) = samples["trl-fp32"]
-    behind = [loss - single["held_out_loss"] for loss in of(ours, "held_out_loss")]
+    bar = samples["trl-fp32"]
+    behind = statistics.mean(of(ours, "held_out_loss")) - statistics.mean(of(bar, "held_out_loss"))
     return [
         *figures,
-        figure("held-out loss, TRL with PEFT, fp32", single["held_out_loss"]),
-        figure("held-out loss, Veneer less TRL's fp32", behind, at_most=0.01),
-        figure("useful tokens/s, TRL with PEFT, fp32", single["tokens_per_second"]),
-        figure("peak anonymous memory, TRL with PEFT, fp32", single["peak_anonymous"] / 1e9, "GB"),
+        figure("held-out loss, TRL with PEFT, fp32", of(bar, "held_out_loss")),
+        figure("held-out loss, Veneer less TRL's fp32, of means", behind, at_most=0.01),
+        figure("useful tokens/s, TRL with PEFT, fp32", of(bar, "tokens_per_second")),
+        figure("peak anonymous memory, TRL with PEFT, fp32", [b / 1e9 for b in of(bar, "peak_anonymous")], "GB"),
     ]
 
 
@@ -139,8 +141,8 @@ def encoded(train: Path, held: Path, count: int, held_count: int, dtypes: Sequen
     }
 
 
-def _run(side: str, job: Path) -> dict[str, Any]:
-    found = fresh("bench.job", "--side", side, "--job", str(job))
+def _run(side: str, job: Path, seed: int) -> dict[str, Any]:
+    found = fresh("bench.job", "--side", side, "--job", str(job), "--seed", str(seed))
     say(
         f"{side}: {found['tokens_per_second']:.0f} tokens/s, peak {found['peak_anonymous'] / 1e9:.2f} GB anonymous, "
         f"held-out loss {found['held_out_loss']:.4f}"
@@ -151,7 +153,7 @@ def _run(side: str, job: Path) -> dict[str, Any]:
 # -- one run, in its own process ---------------------------------------------------------------------------------------
 
 
-def run_side(side: str, job: dict[str, Any]) -> dict[str, Any]:
+def run_side(side: str, job: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train one side and say what it took. The peak is the process's from before the model is loaded to the last step.
 
     Returns ``seconds`` and ``cpu_seconds`` of training, ``tokens_per_second``, ``peak_anonymous`` (bytes),
@@ -163,7 +165,8 @@ def run_side(side: str, job: dict[str, Any]) -> dict[str, Any]:
 
     meter = MemoryMeter(torch.device("cpu"), every=0.01).start()
     with tempfile.TemporaryDirectory() as folder:
-        model, train = _veneer(job) if side == "veneer" else _trl(job, folder, side.removeprefix("trl-"))
+        given = (job, seed) if side == "veneer" else (job, seed, folder, side.removeprefix("trl-"))
+        model, train = (_veneer if side == "veneer" else _trl)(*given)
         loaded, began, cpu = meter.read(), time.perf_counter(), time.process_time()
         told = train()
         took, worked = time.perf_counter() - began, time.process_time() - cpu
@@ -177,15 +180,15 @@ def run_side(side: str, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _veneer(job: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
+def _veneer(job: dict[str, Any], seed: int) -> tuple[Any, Callable[[], dict[str, Any]]]:
     import veneer
     from veneer.train.feed import feed
     from veneer.train.settings import Settings
     from veneer.train.tasks import Task
 
     model, _ = veneer.load_model(MODEL, device="cpu")
-    adapter = veneer.attach(model, "lora", rank=SETTINGS["rank"], alpha=SETTINGS["alpha"], sites="linear")
-    wanted = {name: SETTINGS[name] for name in ("batch_size", "epochs", "lr", "schedule", "warmup")}
+    adapter = veneer.attach(model, "lora", rank=SETTINGS["rank"], alpha=SETTINGS["alpha"], sites="linear", seed=seed)
+    wanted = {name: SETTINGS[name] for name in ("batch_size", "epochs", "lr", "schedule", "warmup")} | {"seed": seed}
     rows = feed(job["train"], Task("causal", None), Settings(**wanted), lambda: None)
     seen = sum(micro.units for micro in rows.epoch(0))
 
@@ -202,16 +205,17 @@ def _veneer(job: dict[str, Any]) -> tuple[Any, Callable[[], dict[str, Any]]]:
     return model, train
 
 
-def _trl(job: dict[str, Any], folder: str, precision: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
+def _trl(job: dict[str, Any], seed: int, folder: str, precision: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """TRL's defaults but for two: no gradient checkpointing, which Veneer's run has neither, and no warm-up."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
     source = job["folders"][dtype]
+    set_seed(seed)  # of the factors, which are drawn before the trainer takes its own
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)),
         args=SFTConfig(
@@ -224,6 +228,7 @@ def _trl(job: dict[str, Any], folder: str, precision: str) -> tuple[Any, Callabl
             bf16=precision == "bf16",
             gradient_checkpointing=False,
             use_cpu=True,
+            seed=seed,
             dataloader_pin_memory=False,
             save_strategy="no",
             logging_strategy="no",
@@ -252,13 +257,14 @@ def _trl(job: dict[str, Any], folder: str, precision: str) -> tuple[Any, Callabl
 
 
 def held_out_loss(model: Any, rows: list[dict[str, Any]], pad: int, batch_size: int = 16) -> float:
-    """Mean negative log-likelihood of the labelled tokens, in nats, by the model's own forward, in its own precision.
+    """Mean negative log-likelihood of the labelled tokens, in nats, by the model's own forward, in fp32.
 
-    The same few lines for both sides, with neither side's loss in them.
+    The same few lines for both sides, with neither side's loss in them. A base that was loaded in bf16 keeps the
+    rounding of its weights.
     """
     import torch
 
-    model.eval()
+    model.float().eval()
     total, count = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
@@ -284,7 +290,8 @@ def _arguments() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--data", help=f"JSONL of prompt and completion; else ${DATA}, else {USUAL.name} beside it")
     made.add_argument("--held-out", help="JSONL of held-out rows; else --data's name with test for train")
-    made.add_argument("--fp32", action="store_true", help="also TRL's fp32 run, once: the bar of the held-out loss")
+    made.add_argument("--fp32", action="store_true", help="also TRL's fp32 runs: the bar of the held-out loss")
+    made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     for own in ("--side", "--job", "--out"):
         made.add_argument(own, help=argparse.SUPPRESS)
     return made
@@ -294,7 +301,7 @@ if __name__ == "__main__":
     options = _arguments().parse_args()
     if options.side:
         try:
-            result = run_side(options.side, json.loads(Path(options.job).read_text(encoding="utf-8")))
+            result = run_side(options.side, json.loads(Path(options.job).read_text(encoding="utf-8")), options.seed)
         except UserError as error:
             refuse(str(error))
         Path(options.out).write_text(json.dumps(result), encoding="utf-8")
