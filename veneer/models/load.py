@@ -95,7 +95,7 @@ def load_model(
         if task in ("causal", "auto") and not kwargs:
             model, tokenizer = load_converted(path, dtype)
         else:
-            model, tokenizer = _load(str(converted(path, dtype)), dtype, task, kwargs)
+            model, tokenizer = _load(str(converted(path, dtype)), dtype, task, kwargs, said=name)
     elif path.is_dir():
         _check_folder(path)
         model, tokenizer = _load(str(path), dtype, task, kwargs)
@@ -123,9 +123,9 @@ def packaged_path(name: str) -> Path:
 
 
 def _load(
-    source: str, dtype: torch.dtype, task: str, kwargs: dict, hub: bool = False
+    source: str, dtype: torch.dtype, task: str, kwargs: dict, hub: bool = False, said: str | None = None
 ) -> tuple[torch.nn.Module, object]:
-    """Config, model and tokenizer of a folder or of a hub name through transformers."""
+    """Config, model and tokenizer of a folder or of a hub name through transformers; ``said`` names it to the user."""
     import transformers
 
     where: dict = {"trust_remote_code": False, "local_files_only": not hub or not _hub_resolves()}
@@ -135,7 +135,10 @@ def _load(
     if task == "auto":
         kind = getattr(transformers, (config.architectures or [""])[0], kind)
     elif type(config) not in kind._model_mapping:
-        raise UserError(f'"{source}" is a {config.model_type} model, which has no form for the task "{task}"')
+        raise UserError(
+            f'"{said or source}" is a {config.model_type} model, which has no form for the task "{task}"; '
+            "give --model (load_model) one that has"
+        )
     if task == "regression":
         kwargs = {"num_labels": 1, "problem_type": "regression"} | kwargs
     with _sentences(source, hub), _quiet():

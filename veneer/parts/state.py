@@ -207,5 +207,6 @@ def _copy(target: Tensor, value: Tensor | None, name: str, strict: bool) -> None
             raise UserError(f"the state lacks {name}")
         return
     if target.shape != value.shape:
-        raise UserError(f"{name} has shape {tuple(value.shape)}; this adapter's has {tuple(target.shape)}")
+        head = "; a head for another number of classes?" if name.startswith("train:") else ""
+        raise UserError(f"the file's {name} has shape {tuple(value.shape)}, this model's {tuple(target.shape)}{head}")
     target.copy_(value)

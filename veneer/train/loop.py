@@ -300,7 +300,9 @@ class _Job:
         }
         if isinstance(training.feed, RowFeed):
             rows = training.feed.dataset
-            facts["data"] = f"{rows.name}: {len(rows):,} rows, {rows.tokens:,} tokens, {rows.trained:,} of them trained"
+            tokens = f", {rows.tokens:,} tokens" if rows.tokens else ""
+            trained = f", {rows.trained:,} of them trained" if self.task.name in ("causal", "seq2seq") else ""
+            facts["data"] = f"{rows.name}: {len(rows):,} rows{tokens}{trained}"
         if self.processes.world > 1:
             facts["processes"] = self.processes.world
         if self.out is not None:
