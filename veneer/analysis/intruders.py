@@ -8,6 +8,7 @@ with a uniform shrink to the same norm before you credit the removal of directio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,23 +129,42 @@ def mitigated(
     Raises:
         UserError: the change is no plain pair somewhere, or ``factor`` is below 0.
     """
-    from veneer.io.plain import Factors, plain_factors
+    return scaled(detected(adapter, k, epsilon, side), factor, rank)
+
+
+def detected(
+    adapter: Adapter, k: int = 10, epsilon: float = 0.5, side: Side = "left"
+) -> list[tuple[Factors, Intruders]]:
+    """The adapter's change of each layer as a plain pair, and the layer's intruders."""
+    from veneer.io.plain import plain_factors
+
+    found = []
+    for f in plain_factors(adapter, "an adapter with smaller intruders"):
+        W0 = f.site.weight().float()
+        found.append((f, intruders(W0, W0 + f.scale * (f.B @ f.A), k, epsilon, side)))
+    return found
+
+
+def scaled(
+    found: Sequence[tuple[Factors, Intruders]], factor: float, rank: int | None = None
+) -> tuple[list[Factors], dict[str, Any]]:
+    """What `mitigated` gives, from what `detected` found."""
+    from veneer.io.plain import Factors
 
     if factor < 0:
         raise UserError(f"intruders were to be scaled by {factor:g}; at least 0 was expected: 0 removes, 1 keeps them")
     made, count, layers, before, after, lost = [], 0, 0, 0.0, 0.0, 0.0
-    for f in plain_factors(adapter, "an adapter with smaller intruders"):
-        W0, change = f.site.weight().float(), f.scale * (f.B @ f.A)
-        found = intruders(W0, W0 + change, k, epsilon, side)
+    for f, own in found:
+        change = f.scale * (f.B @ f.A)
         before += float(change.square().sum())
-        if found.count:
-            A, B = shrunk(f.A, f.B, f.scale, found, factor)
+        if own.count:
+            A, B = shrunk(f.A, f.B, f.scale, own, factor)
             change = B @ A
             if rank is not None:
                 A, B = recompress(A, B, rank)[:2]
                 lost += float((change - B @ A).square().sum())
             extras = {n: v * f.scale if n == "lora_B.bias" else v for n, v in f.extras.items()}
-            f, count, layers = Factors(f.site, A, B, 1.0, extras), count + found.count, layers + 1
+            f, count, layers = Factors(f.site, A, B, 1.0, extras), count + own.count, layers + 1
         after += float(change.square().sum())
         made.append(f)
     facts = {"factor": factor, "intruders": count, "layers": layers, "rank": max(f.rank for f in made)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.analysis.intruders import Side, mitigated
+from veneer.analysis.intruders import Side, detected, scaled
 from veneer.core.adapter import Adapter
 from veneer.errors import UserError
 
@@ -39,12 +39,13 @@ def tried(
     Raises:
         UserError: the change is no plain pair somewhere, or it changes biases beside the weights.
     """
-    own, _ = mitigated(adapter, 1.0, k, epsilon, side)
+    seen = detected(adapter, k, epsilon, side)
+    own = [f for f, _ in seen]
     if any(f.extras for f in own):
         raise UserError(f"{adapter.recipe} changes more than weights; scaled intruders are tried on weights alone")
     found = []
     for factor in factors:
-        made, facts = mitigated(adapter, factor, k, epsilon, side)
+        made, facts = scaled(seen, factor)
         with _instead(adapter, made, 1.0):
             scores = evaluate()
         with _instead(adapter, own, facts["uniform"]):

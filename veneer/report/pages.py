@@ -188,7 +188,8 @@ def beside(name: str) -> dict[str, tuple[str, ...]]:
 def methods_page(methods: Iterable[Any], claims: Mapping[str, Sequence[Record]]) -> str:
     """The list of all methods by axis, a line each, with the verdict on its claim."""
     found = list(methods)
-    lines = ["# Methods", "", f"{len(found)} methods on ten axes; a recipe is a sum of their names.", ""]
+    axes = len({m.axis for m in found})
+    lines = ["# Methods", "", f"{len(found)} methods on {axes} axes; a recipe is a sum of their names.", ""]
     for axis, title in TITLES.items():
         rows = [
             [f"[{m.name}](methods/{m.name}.md)", escaped(m.summary), _verdicts(claims.get(m.name, ()))]
