@@ -79,3 +79,14 @@ def test_dropout_and_too_large_a_rank_are_refused():
         single(nn.Linear(8, 6), "olora", rank=2, dropout=0.1)
     with pytest.raises(UserError, match="more than 0 has rows or columns, 6"):
         single(nn.Linear(8, 6), "olora", rank=7)
+
+
+def test_layers_in_bf16_start_as_their_values_in_fp32_do_and_leave_no_copy():
+    layers = [nn.Linear(9, 12), nn.Linear(12, 7)]
+    model = nn.Sequential(*layers).to(torch.bfloat16)
+    adapter = veneer.attach(model, "lora+olora", rank=3, alpha=3)
+    for d, layer in zip(adapter.deltas.values(), layers, strict=True):
+        W = layer.weight.detach().float()
+        Q = torch.linalg.qr(W[:, :3]).Q
+        assert torch.equal(d.B, Q) and torch.allclose(d.A, Q.T @ W, atol=1e-6)
+    assert adapter.hooks[0].room is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.parts.evidence import Evidence
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
 
 
 @method("olora", axis="init", paper="arXiv:2406.01775", system=0, wants=("pair",), defaults="lora")
@@ -38,6 +41,7 @@ class OLoRA(Init):
     """
 
     offset = True
+    room: Tensor | None = None  # one for all layers: copies that come and go leave holes between what stays
 
     def start(
         self, site: Site, slots: list[Any], evidence: Evidence | None, generator: torch.Generator
@@ -45,8 +49,19 @@ class OLoRA(Init):
         delta = self.delta
         if getattr(delta, "dropout", 0.0):
             raise UserError(f"olora with dropout={delta.dropout} would drop parts of W; leave dropout at 0")
-        W, rank = site.weight().float(), next(s.shape[0] for s in slots if s.role == "factor_a")
+        W, rank = self._wide(site.weight()), next(s.shape[0] for s in slots if s.role == "factor_a")
         if rank > min(W.shape):
             raise UserError(f"olora: rank={rank} is more than {site.path} has rows or columns, {min(W.shape)}")
         Q = torch.linalg.qr(W[:, :rank]).Q
         return {"factor_a": Q.T @ W, "factor_b": Q}
+
+    def on_attach(self, adapter: Adapter) -> None:
+        self.room = None
+
+    def _wide(self, W: Tensor) -> Tensor:
+        """W in fp32, valid until the next call."""
+        if W.dtype == torch.float32:
+            return W
+        if self.room is None or self.room.numel() < W.numel() or self.room.device != W.device:
+            self.room = torch.empty(W.numel(), device=W.device)
+        return self.room[: W.numel()].view(W.shape).copy_(W)
