@@ -4,6 +4,9 @@ Every run is a process of its own. The time is that of attaching with the start,
 the same round: what is left is the start alone. The memory is the largest anonymous memory while attaching over what
 stood before, so the adapter is in it, and for starts that look at data a forward or backward pass. Both sides work on
 the same bf16 weights, read into memory before the clock starts, and on the same batches.
+
+In pieces, each of a minute or two: ``--only`` takes some starts, ``--sides`` one side, ``--what`` times or errors
+alone, ``--add`` keeps what the last result holds besides, ``--more`` adds rounds to those of the same starts.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ FAST = "pissa_niter_4"  # PEFT's name
 CALIBRATION, QUICK_CALIBRATION = (4, 4, 128), (2, 2, 32)  # batches, rows, tokens of the starts that look at data
 QUICK_SITES = 7  # compared with the exact decomposition: one block's
 QUICK_BLOCKS = r"model\.layers\.[01]\..*_proj"
+BLOCKS = r"model\.layers\..*_proj"  # PEFT's CorDA and LoRA-GA do not know "all-linear" while they look at data
 
 
 class Start(NamedTuple):
@@ -57,13 +61,16 @@ def measure(options: argparse.Namespace) -> Report:
     """Every start by turns, each side's against that side's plain LoRA of the same round."""
     settings = {"model": MODEL, "dtype": "bfloat16", "rank": RANK, "quick": options.quick}
     settings["calibration"] = "{} batches of {} × {} tokens".format(*_shape(options.quick))
-    samples = earlier("starts", settings) if options.add else {}
+    samples = earlier("starts", settings) if options.add or options.more else {}
     chosen = options.only or list(STARTS)
     if options.what != "errors":
-        runs = alternate(_cases(chosen, options.quick), repeats(options))
+        runs = alternate(_cases(chosen, options.sides, options.quick), repeats(options))
         for name in chosen:
-            sides = [side for side in SIDES if f"{side} {name}" in runs]
-            samples[name] = {side: {"start": runs[f"{side} {name}"], "plain": runs[f"{side} plain"]} for side in sides}
+            found = samples.setdefault(name, {})
+            for side in (s for s in SIDES if f"{s} {name}" in runs):
+                before = found.get(side, {}) if options.more else {}
+                both = {"start": runs[f"{side} {name}"], "plain": runs[f"{side} plain"]}
+                found[side] = {what: before.get(what, []) + new for what, new in both.items()}
     if options.what != "times" and "pissa" in chosen:
         samples["errors"] = _errors(QUICK_SITES if options.quick else None)
     figures = [line for name in STARTS if name in samples for line in _figures(STARTS[name], samples[name])]
@@ -75,11 +82,13 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(figures, samples, settings)
 
 
-def _cases(chosen: list[str], quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
+def _cases(chosen: list[str], sides: list[str], quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
     cases: dict[str, Callable[[], dict[str, float]]] = {}
+    both = any(STARTS[n].peft is not None for n in chosen)
     for name, start in {"plain": PLAIN, **{n: STARTS[n] for n in chosen}}.items():
-        cases[f"veneer {name}"] = lambda name=name: _process("veneer", name, quick)
-        if start.peft is not None:
+        if "veneer" in sides:
+            cases[f"veneer {name}"] = lambda name=name: _process("veneer", name, quick)
+        if "peft" in sides and both and start.peft is not None:
             cases[f"peft {name}"] = lambda name=name: _process("peft", name, quick)
     return cases
 
@@ -128,7 +137,7 @@ def run(side: str, name: str, quick: bool) -> dict[str, float]:
         import peft.tuners.lora.corda  # noqa: F401 - imports are not part of what is timed
 
         def work() -> object:
-            return _by_peft(model, str(start.peft), batches, f".*{QUICK_BLOCKS}" if quick else "all-linear")
+            return _by_peft(model, str(start.peft), batches, QUICK_BLOCKS if quick else BLOCKS)
 
     meter = MemoryMeter(torch.device("cpu"), every=0.005).start()
     before = meter.read()
@@ -155,7 +164,7 @@ def _batches(count: int, rows: int, width: int) -> list[dict[str, Any]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids]
 
 
-def _by_peft(model: Any, start: str, batches: list[dict[str, Any]], targets: str = "all-linear") -> Any:
+def _by_peft(model: Any, start: str, batches: list[dict[str, Any]], targets: str = BLOCKS) -> Any:
     """PEFT's model with one of its starts, by the steps that its documentation gives."""
     import torch
     from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
@@ -236,6 +245,10 @@ def _arguments() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", choices=list(STARTS), help="some of the starts")
     made.add_argument("--what", choices=("times", "errors", "both"), default="both", help="what to measure")
+    made.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="one side alone, or both")
+    made.add_argument(
+        "--more", action="store_true", help="as --add, and keep earlier rounds of the same starts as well"
+    )
     can_add(made)
     for own in ("--side", "--start", "--out"):
         made.add_argument(own, help=argparse.SUPPRESS)

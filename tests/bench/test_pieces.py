@@ -27,10 +27,28 @@ def test_a_start_is_timed_against_the_plain_one_of_its_round(monkeypatch):
     monkeypatch.setattr(starts, "_process", lambda side, name, quick: RUN | {"seconds": next(took[name])})
     monkeypatch.setitem(starts.STARTS, "pissa", starts.STARTS["pissa"]._replace(peft=None))
     monkeypatch.setattr(starts, "PLAIN", starts.PLAIN._replace(peft=None))
-    options = type("Options", (), {"quick": True, "add": False, "only": ["pissa"], "what": "times", "repeats": 2})
+    options = type("Options", (), {"quick": True, "add": False, "more": False, "sides": ["veneer"], "only": ["pissa"],
+                                   "what": "times", "repeats": 2})  # fmt: skip
     found = {f.what: f for f in starts.measure(options).figures}
     assert found["PiSSA, Veneer"].value == pytest.approx(0.65) and found["PiSSA, Veneer"].met
     assert found["PiSSA, Veneer, memory"].value == 1.0
+
+
+def test_rounds_of_a_start_add_up_and_a_side_that_is_left_out_stays(monkeypatch):
+    monkeypatch.setattr(starts, "_process", lambda side, name, quick: RUN)
+    kept = {"eva": {s: {"start": [RUN], "plain": [RUN]} for s in starts.SIDES}}
+    monkeypatch.setattr(starts, "earlier", lambda name, settings: kept)
+    facts = {
+        "quick": True,
+        "add": False,
+        "more": True,
+        "sides": ["peft"],
+        "only": ["eva"],
+        "what": "times",
+        "repeats": 2,
+    }
+    found = starts.measure(type("Options", (), facts)).samples["eva"]
+    assert {side: len(runs["start"]) for side, runs in found.items()} == {"veneer": 1, "peft": 3}
 
 
 def test_a_forecast_is_off_by_its_distance_from_the_run_either_way():
