@@ -36,8 +36,8 @@ CLAIM = Claim(
         "random layers": With(function=random_layers),
         "lora": With("lora", rank=2, alpha=4, sites=SITES),
     },
-    rates=(1e-3, 3e-3, 1e-2),
-    seeds=3,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    seeds=8,
     rule=above("diffora", "random choice"),
     note="`random layers` shares nothing and trains for the whole run, as does `lora` at all layers; DiffoRA spends "
     "0.4 of its steps on the search and starts anew.",

@@ -96,7 +96,7 @@ def adapted(model: nn.Module, support: dict[str, Tensor], query: dict[str, Tenso
     with torch.enable_grad():
         for _ in range(steps):
             slopes = torch.autograd.grad(model(**support).loss, adapter.parameters())
-            share = min(1.0, 1 / float(torch.stack([s.norm() for s in slopes]).norm()))
+            share = 1 / max(1.0, float(torch.stack([s.norm() for s in slopes]).norm()))
             for p, slope in zip(adapter.parameters(), slopes):
                 p.data -= INNER * share * slope
     found = model(query["x"]).logits.softmax(-1).detach()
@@ -123,7 +123,7 @@ CLAIM = Claim(
         "first-order maml": With("gaussian-lora(log_variance=-70.0)+abmll(beta=0.0, gamma=0.0)", rank=4),
         "lora, not trained": With(function=untrained, rates=(0,)),
     },
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
     seeds=3,
     sweep_seeds=1,
     rule=every(above("abmll", "lora on all"), below("abmll", "lora on all", on="ece")),
