@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "optim"))
 
 from breaks import goes_on_bit_for_bit, training
+from growing import begun, stirred
 from small_runs import encoded, llama
 
 FAST = "increlora+increlora-ranks(rank=3, block=1, top=2, wait=0, interval=1)"
@@ -28,19 +29,8 @@ def mlp(seed=0):
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 5))
 
 
-def started(recipe=FAST, model=None, steps=20, **options):
-    """An adapter with its optimiser, as training begins; and its hook."""
-    adapter = veneer.attach(mlp() if model is None else model, recipe, **options)
-    adapter.optimizer = torch.optim.AdamW(adapter.optimizer_groups(), lr=1e-2)
-    adapter.hooks[0].on_start(adapter, Schedule(steps, 1e-2))
-    return adapter, adapter.hooks[0]
-
-
-def stirred(adapter):
-    """The trained tensors moved to where ΔW can be seen."""
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(p.numel()))
+def started(recipe=FAST, model=None, **options):
+    return begun(mlp() if model is None else model, recipe, **options)
 
 
 def test_it_starts_at_the_base_and_the_waiting_components_are_within_the_sheets_bound():

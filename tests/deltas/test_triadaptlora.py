@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import veneer
-from veneer.core.hook import Schedule
 from veneer.deltas.triadaptlora import how_many
 from veneer.parts.restore import attach_from
 from veneer.parts.state import clone, load_state
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "optim"))
 
 from breaks import goes_on_bit_for_bit, training
+from growing import begun, stirred
 from small_runs import collated, encoded, llama
 
 FAST = "triadaptlora+triadaptlora-ranks(rank=3, block=1, wait=0, interval=1)"
@@ -27,19 +27,8 @@ def mlp():
     return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
-def started(recipe=FAST, model=None, steps=20, **options):
-    """An adapter with its optimiser, as training begins; and the hook of the ranks."""
-    adapter = veneer.attach(mlp() if model is None else model, recipe, **options)
-    adapter.optimizer = torch.optim.AdamW(adapter.optimizer_groups(), lr=1e-2)
-    adapter.hooks[0].on_start(adapter, Schedule(steps, 1e-2))
-    return adapter, adapter.hooks[0]
-
-
-def stirred(adapter):
-    """The trained tensors moved to where ΔW can be seen."""
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(p.numel()))
+def started(recipe=FAST, model=None, **options):
+    return begun(mlp() if model is None else model, recipe, **options)
 
 
 def test_the_blocks_make_the_sheets_oracle_3():
