@@ -35,7 +35,8 @@ def report(word_model, colour_rows, tmp_path_factory):
 
 def test_a_comparison_reads_well(look, report):
     check(look.open(report.as_uri()))
-    assert look.page.locator("figure svg").count() == 7  # two scores, the first against three costs, two curves
+    exact = look.page.locator('figure svg[aria-label="exact answers"]').count()  # drawn where recipes differ in it
+    assert look.page.locator("figure svg").count() == 7 + 4 * exact  # losses, one against three costs, and curves
     assert all(box["width"] > 200 for box in (f.bounding_box() for f in look.page.locator("figure svg").all()))
     assert look.page.locator(".legend li").all_inner_texts() == ["lora", "dora"]
     drawn = look.page.evaluate("getComputedStyle(document.querySelector('figure text')).fill")
