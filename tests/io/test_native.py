@@ -64,6 +64,12 @@ def test_an_adapter_on_all_layers_loads_where_the_head_is_a_new_one(recipe, tmp_
     assert torch.equal(fresh.run(), case.run())
 
 
+def test_a_classifiers_adapter_on_another_kind_of_model_is_told_its_task(tmp_path):
+    attached("vit")[1].save(tmp_path / "a")
+    with pytest.raises(UserError, match=r"classifier.weight, which this model lacks: .* 'image-classification'"):
+        veneer.load(make("llama").model, tmp_path / "a")
+
+
 def test_what_trains_whole_already_is_no_site():
     with pytest.raises(UserError, match=r"trains as it is already: .*; select other layers"):
         veneer.attach(make("vit").model, "bitfit", sites="classifier")

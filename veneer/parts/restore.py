@@ -30,6 +30,11 @@ def attach_from(
     """
     parsed = recipes.parse(description["recipe"])
     core.check_name(model, name)
+    held = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    lost = next((t for t in description["train"] if t not in held), None)
+    if lost is not None:
+        task = f" for the task {description['task']!r}" if "task" in description else ""
+        raise UserError(f"the adapter trained {lost}, which this model lacks: load the base{task} that it was made on")
     tensors = trained_tensors(model, description["train"])
     base = base_fingerprint(model, without=tensors)
     named = base_fingerprint(model, without=description["train"])  # a head that the file does not hold is the base's
