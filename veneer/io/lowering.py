@@ -80,6 +80,11 @@ def lower(adapter: Adapter, rank: int | None = None, tolerance: float | None = N
     if not adapter.keep_base and any(d.replaces for d in adapter.deltas.values()):
         raise UserError("keep_base=False dropped the weights that this adapter would be compared with; keep them")
     layers = _layers(adapter, written=rank is not None or tolerance is not None)
+    if not layers and _layers(adapter, written=True):
+        raise UserError(
+            f"{adapter.recipe} trains whole weights, whose change is of full rank; give rank= or tolerance= for the "
+            'nearest pair, or export with format="merged" the folded model'
+        )
     if not layers:
         raise UserError(
             f"{adapter.recipe} changes no layer's weight, so that plain LoRA has nothing to hold; export with "

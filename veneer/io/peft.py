@@ -131,7 +131,8 @@ def _check_selection(config: Config, content: Content, model: nn.Module, path: P
             f"{path} holds no factors of {config.method.name} for any module: the file is empty or incomplete"
         )
     targets = config.raw["target_modules"]
-    idle = [] if isinstance(targets, str) else [t for t in targets if not any(selects(p, [t], {}) for p in selected)]
+    names = [name for name, _ in model.named_modules()]  # one that is left out is there all the same
+    idle = [] if isinstance(targets, str) else [t for t in targets if not any(selects(p, [t], {}) for p in names)]
     if idle:
         warnings.warn(f"{config.path}: target_modules names {_some(idle)}, which this model lacks", stacklevel=2)
 

@@ -211,9 +211,7 @@ def _method(raw: Mapping[str, Any], kind: str, path: Path) -> Method:
     ]
     if not fitting:
         types = sorted({m.cls.peft.type for m in mapped} | {*TRANSLATED, *WHOLE, *ENTRIES})
-        raise UserError(
-            f"{path}: peft_type {kind!r} cannot be read{nearest(kind, types)}; supported: {', '.join(types)}"
-        )
+        raise UserError(f"{path}: peft_type {kind!r} cannot be read; supported: {', '.join(types)}")
     # rsLoRA is a scale, which is read for every method, so any other constant says more about the form than it does.
     # Of forms whose files are alike, the one that bears the type's name.
     return max(
