@@ -18,6 +18,7 @@ from veneer.errors import UserError
 from veneer.fields import At
 from veneer.models.layers import dimensions
 from veneer.numerics.chance import generator, kaiming_uniform
+from veneer.numerics.channels import add_to_channels
 from veneer.parts.bilevel import Bilevel
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class PCDarts(Delta):
             added = self.site.run(x, self._spread(self.scale * both[1] @ both[0])).index_select(at, self.S)
         if "scale" in self.operators:
             added = added + y.index_select(at, self.S) * self._along(self.v * self.weighted()["scale"], at, y)
-        return _Added.apply(y, added.to(y.dtype), self.S, at)
+        return add_to_channels(y, added.to(y.dtype), self.S, at)
 
     def _along(self, v: Tensor, at: int, y: Tensor) -> Tensor:
         """A vector of channels as it meets y."""
@@ -177,21 +178,6 @@ class PCDarts(Delta):
         """Σ r·(in + |S|) + |S|, of the operators that act."""
         n = self.site.out_features if self.operator else max(1, self.site.out_features // self.channels)
         return sum(n if (r := rank_of(o)) is None else r * (self.site.in_features + n) for o in self.acting())
-
-
-class _Added(torch.autograd.Function):
-    """y with a change of the channels S; torch's index_add keeps the change for backward, for its shape alone."""
-
-    @staticmethod
-    def forward(ctx, y, change, S, at):
-        ctx.save_for_backward(S)
-        ctx.at = at
-        return y.index_add(at, S, change)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (S,) = ctx.saved_tensors
-        return grad, grad.index_select(ctx.at, S) if ctx.needs_input_grad[1] else None, None, None
 
 
 def edges(beta: Tensor, groups: list[str]) -> Tensor:
