@@ -4,10 +4,13 @@ LoRA of rank 16 on the 210 linear layers; whole steps of the training loop, from
 clipping included. Each case runs by turns with the plain one in this process and goes before the next comes; a ratio is
 the median of the rounds' ratios. What happens now and then is spread over the steps between:
 
-- AdaLoRA closes components at every step measured, which is its default between the tenth and the last three tenths;
+- AdaLoRA closes components at its default in the steps between the first tenth of a run and the last three; these and
+  the others are spread over a run;
 - IncreLoRA scores its sites in some of the first six tenths of a run's steps, and grows in fewer; both are spread over
   a run of 1000 steps. Its steps are taken with half of the rounds done, sites drawn at random: ranks and waiting
   components are 16 a site then, as ranks are at the end;
+- DiffoRA, PC-DARTS and elastic are in the first of their phases, which searches or trains the whole of the net. CoLoRA,
+  Flexora and N2N decide before training, in steps of their own, and then take LoRA's;
 - GaLore's decompositions are the first step over a later one, in shares of the 200 steps of a period.
 """
 
@@ -29,6 +32,8 @@ GROWING = 0.6  # share of a run in which IncreLoRA scores its sites
 START = RANK  # the rank that every allocator starts from
 
 SCORED, OTHER = "increlora, scored step", "increlora, other step"
+CLOSING, WAITING = "adalora, closing step", "adalora, other step"
+PRUNING = 0.6  # share of a run in which AdaLoRA closes components
 
 CASES = {
     "lora-pro": "lora+lora-pro",
@@ -36,7 +41,8 @@ CASES = {
     "lora-ggpo": "lora+lora-ggpo",
     "allora": "lora+allora",
     "lora-plus": "lora+lora-plus",
-    "adalora": f"adalora(rank={START * 2 // 3}, initial={START}, wait=0)",
+    CLOSING: f"adalora(rank={START * 2 // 3}, initial={START}, wait=0)",
+    WAITING: f"adalora(rank={START * 2 // 3}, initial={START})",
     "sora": "sora",
     "dynamic-rank": "dynamic-rank",
     "dylora": "dylora",
@@ -51,8 +57,14 @@ CASES = {
     "frugal": "frugal",
     "lisa": "full+lisa",
     "owlore": "full+owlore+galore(svd='randomized')",
+    "lr-batch": "lora+lr-batch",
+    "m-fac": "lora+m-fac",
+    "man": "lora+man",
+    "diffora": f"diffora(rank={RANK})",
+    "pc-darts": "pc-darts",
+    "elastic": "lora+elastic",
 }
-TARGETS = {"lora-pro": 1.15, "lora-pro, efficient": 1.15, "adalora": 1.05, "sora": 1.05}
+TARGETS = {"lora-pro": 1.15, "lora-pro, efficient": 1.15, "sora": 1.05}
 PERIOD, REFRESH = 200, 0.10
 
 
@@ -94,6 +106,10 @@ def spread(samples: dict[str, Any]) -> list[Figure]:
         share, often = GROWING * scored["scores"] / scored["every"], GROWING / scored["every"]
         mean = [y + share * (x - y) + often * scored["growth"] / s for x, y, s in zip(a, b, other[PLAIN])]
         figures.append(figure("increlora, over LoRA with AdamW, amortised", mean, at_most=1.05))
+    if CLOSING in samples and WAITING in samples:
+        a, b = (ratios(samples[label][label], samples[label][PLAIN]) for label in (CLOSING, WAITING))
+        mean = [PRUNING * x + (1 - PRUNING) * y for x, y in zip(a, b)]
+        figures.append(figure("adalora, over LoRA with AdamW, amortised", mean, at_most=1.05))
     for label in ("galore", "galore, randomised"):
         if label in samples:
             share = [(samples[label]["first"] - s) / (PERIOD * s) for s in samples[label][label]]

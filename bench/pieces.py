@@ -16,7 +16,14 @@ def can_add(made: argparse.ArgumentParser) -> None:
 
 
 def earlier(name: str, settings: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
-    """The samples in ``folder/NAME.json``; none where there is no such file, or one of other settings."""
+    """The samples in ``folder/NAME.json``; none where there is no such file, or one of other settings.
+
+    Of settings with ``recipes``, one a sample, those samples are kept whose recipe is the same.
+    """
     path = folder / f"{name}.json"
-    last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return dict(last["samples"]) if last.get("settings") == settings else {}
+    if not path.is_file():
+        return {}
+    last = json.loads(path.read_text(encoding="utf-8"))
+    then, now = dict(last["settings"]), dict(settings)
+    old, new = then.pop("recipes", {}), now.pop("recipes", {})
+    return {k: v for k, v in last["samples"].items() if old.get(k) == new.get(k)} if then == now else {}
