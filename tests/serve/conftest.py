@@ -1,5 +1,6 @@
 """Tiny models with adapters of several forms, written once a session."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import FORMS, MODELS, trained
+
+from veneer.serve.trunk import Trunk
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -25,3 +28,15 @@ def written(kind, tmp_path_factory):
         adapter.save(root / name)
         adapted[name] = own
     return base, root, adapted
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A small Llama, as it was made."""
+    return MODELS["llama"]()
+
+
+@pytest.fixture(scope="module")
+def trunk(base):
+    """It as the server runs it."""
+    return Trunk(copy.deepcopy(base))

@@ -1,29 +1,17 @@
 """A file laid out as one before it gives the very numbers that reading it in full gives, and is refused as it is."""
 
-import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, trained
+from tiny import trained
 
 from veneer.errors import UserError
 from veneer.serve.route import Route, Scratch, finite
 from veneer.serve.source import Reader
-from veneer.serve.trunk import Trunk
 
 SIZE = 256
-
-
-@pytest.fixture(scope="module")
-def base():
-    return MODELS["llama"]()
-
-
-@pytest.fixture(scope="module")
-def trunk(base):
-    return Trunk(copy.deepcopy(base))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, trained
+from tiny import trained
 
 from veneer.errors import UserError
 from veneer.serve.cache import Batch, Piece
@@ -14,16 +14,6 @@ from veneer.serve.layout import Layout
 from veneer.serve.product import Plan, Run
 from veneer.serve.source import Reader
 from veneer.serve.trunk import Trunk
-
-
-@pytest.fixture(scope="module")
-def base():
-    return MODELS["llama"]()
-
-
-@pytest.fixture(scope="module")
-def trunk(base):
-    return Trunk(copy.deepcopy(base))
 
 
 def logits(trunk, found, tokens):

@@ -18,7 +18,7 @@ from veneer.analysis.samples import Source, at_random, of_data, size_of
 from veneer.data import Dataset
 from veneer.errors import UserError
 from veneer.train.display import Silent
-from veneer.train.modes import held_heap
+from veneer.train.modes import trim
 
 SMALL, LARGE = 256, 768  # tokens of the two probes, as nearly as whole rows allow; or images:
 IMAGES = (1, 3)
@@ -211,8 +211,7 @@ def parsed_bytes(text: str) -> int:
 def give_back() -> None:
     """Return freed memory to the system: a run in a process of its own would not meet it."""
     gc.collect()
-    with held_heap():
-        pass
+    trim()
 
 
 def _probed_rows(task: str, rows: int, size: float) -> list[int]:

@@ -12,13 +12,14 @@ import torch
 from veneer.errors import UserError
 from veneer.serve.cache import Batch, Piece
 from veneer.serve.layout import Layout
-from veneer.serve.mapped import resident, trim
+from veneer.serve.mapped import resident
 from veneer.serve.product import RUN, Run
 from veneer.serve.product import Plan as Product
 from veneer.serve.sampling import likeliest
 from veneer.serve.sizes import numbers
 from veneer.serve.source import Reader, adapter_files, folders
 from veneer.serve.trunk import Trunk
+from veneer.train.modes import trim
 
 MEGA = 1e6
 KINDS = 4  # layouts of adapters that are rehearsed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,13 +48,6 @@ def give_back(tensors: Iterable[Tensor]) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     for start, stop in ranges(tensors):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _AWAY)
-
-
-def trim() -> None:
-    """Freed memory back to the system, where its C library keeps it otherwise."""
-    given = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if given is not None:
-        given(0)
 
 
 def resident() -> int | None:

@@ -23,10 +23,11 @@ from veneer.errors import UserError
 from veneer.models import architecture
 from veneer.serve.cache import Batch
 from veneer.serve.layout import Groups
-from veneer.serve.mapped import give_back, ranges, trim, within
+from veneer.serve.mapped import give_back, ranges, within
 from veneer.serve.pool import PagePool
 from veneer.serve.product import Plan
 from veneer.serve.sizes import TILE, as_they_are, filled
+from veneer.train.modes import trim
 
 LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 GPT2 = ("gpt2",)

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -42,9 +43,8 @@ def held_heap() -> Iterator[None]:
     glibc gives large pieces back to the system each time, and the next step pays for every page again (7,000 to 17,000
     page faults a step of a 135M model, some 5 % of its time). Other C libraries are left alone.
     """
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    mallopt, trim = (getattr(library, name, None) for name in ("mallopt", "malloc_trim"))
-    if mallopt is None or trim is None:
+    mallopt = _of_heap("mallopt")
+    if mallopt is None:
         yield
         return
 
@@ -57,7 +57,19 @@ def held_heap() -> Iterator[None]:
         yield
     finally:
         bound(*_OWN)
-        trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Freed memory back to the system, where its C library keeps it otherwise."""
+    given = _of_heap("malloc_trim")
+    if given is not None:
+        given(0)
+
+
+def _of_heap(name: str) -> Any:
+    """A function of the C library's heap; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 @contextmanager
