@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from veneer import cache
 from veneer.errors import UserError
 from veneer.models.gguf_tokenizer import build_tokenizer
 from veneer.models.load import check_safetensors
@@ -87,7 +87,7 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
     """
     from safetensors import SafetensorError
 
-    root = Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer") / "gguf"
+    root = cache.folder("gguf")
     folder = root / f"{path.stem}-{_fingerprint(path)}-{str(dtype).removeprefix('torch.')}"
     if folder.is_dir():
         try:

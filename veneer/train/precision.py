@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from veneer import kernels
 from veneer.core.delta import Written
 from veneer.errors import UserError
 from veneer.train.shards import sharded
@@ -58,9 +59,15 @@ def choose(adapter: Adapter, wanted: str, device: torch.device, plain: bool) -> 
                 f"precision={wanted} was asked for, but the base computes in {WORDS.get(now, now)} and {fixed}: "
                 f"load the model in {wanted} before attaching"
             )
-        return now, f"the base computes in {WORDS.get(now, now)} as it was given, since {fixed}"
+        said = f"the base computes in {WORDS.get(now, now)} as it was given, since {fixed}"
+        return now, said + _kernels(now, device)
     why = "" if wanted != "auto" else f": this {_place(device)} multiplies bf16 {'fast' if fast else 'no faster'}"
-    return target, f"the base computes in {WORDS[target]}{why}; what trains stays in fp32"
+    return target, f"the base computes in {WORDS[target]}{why}; what trains stays in fp32" + _kernels(target, device)
+
+
+def _kernels(dtype: torch.dtype, device: torch.device) -> str:
+    """Whether the compiled kernels take part, where they could; it compiles them before the first step needs them."""
+    return f"; {kernels.state()}" if dtype == torch.bfloat16 and device.type == "cpu" else ""
 
 
 def _place(device: torch.device) -> str:
