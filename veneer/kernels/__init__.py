@@ -43,11 +43,12 @@ def state() -> str:
 def usable(*tensors: Tensor) -> bool:
     """Whether compiled code may be given these tensors: there is some, and they are stored row by row on the CPU.
 
-    False under torch.compile, and for tensors that only stand for numbers (meta, fake, functorch's).
+    False under torch.compile, where a mode watches torch's operations (a counter of them would miss compiled ones), and
+    for tensors that only stand for numbers (meta, fake, functorch's).
     """
     if (_library if _why is not None else library()) is None or torch.compiler.is_compiling():
         return False
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or (x.ndim and x.stride(-1) != 1):
             return False
-    return not torch._C._functorch.peek_interpreter_stack()
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack())

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.kernels import linear as compiled
 from veneer.numerics.dropout import keep_mask
 
 
@@ -54,7 +55,8 @@ class Branch(NamedTuple):
 class Factors(NamedTuple):
     """The factors of a group in the compute precision: all ``A_i`` as one (Σr, in) matrix, each ``s/(1 − p) · B_i``.
 
-    They are small; backward makes them again, or is given those of forward.
+    They are small; backward makes them again, or is given those of forward. Compiled code reads the branches' own, and
+    so they stay None for a group that it takes.
     """
 
     A: Tensor | None
@@ -63,6 +65,8 @@ class Factors(NamedTuple):
     @classmethod
     def of(cls, branches: Sequence[Branch], dtype: torch.dtype) -> Factors:
         """Cast, scale and stack."""
+        if compiled.takes(branches, dtype):
+            return cls(None, (None,) * len(branches))
         A = [b.A for b in branches if b.A is not None]
         B = (None if b.B is None else b.B if b.factor == 1.0 else b.B * b.factor for b in branches)
         return cls(
@@ -96,6 +100,8 @@ def run(
     ``into``: where to write the outputs; rows may lie apart.
     """
     dtype = rows.dtype
+    if _by_compiled_code(branches, factors, dtype):
+        return compiled.run(rows, branches, _mask(rows, branches), into)
     hidden = _project(rows, branches, factors)
     outputs: list[Tensor] = []
     before: list[Tensor | None] = []
@@ -122,8 +128,12 @@ def _changed(
         y = torch.mm(h, B.t(), out=out)
         return y if bias is None else y.add_(bias)
     W = branch.dense(rows.dtype).t()
-    y = torch.mm(rows, W, out=out) if bias is None else torch.addmm(bias, rows, W, out=out)
-    return y if h is None else y.addmm_(h, B.t())
+    if h is None:
+        return torch.mm(rows, W, out=out) if bias is None else torch.addmm(bias, rows, W, out=out)
+    # The change first: the product adds it in fp32. Added to a base already rounded to bf16, a change of less than half
+    # of its last digit is lost, which is most of it while a run is young.
+    y = torch.mm(h, B.t(), out=out).addmm_(rows, W)
+    return y if bias is None else y.add_(bias)
 
 
 def gained(z: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
@@ -150,22 +160,27 @@ def gradients(
     grads = list(grads)
     back: list[Tensor | None] = [None] * len(branches)
     for i, (branch, need) in enumerate(zip(branches, needs)):
-        need_bias, need_A, need_B, need_gain = need
+        need_bias, *_, need_gain = need
         g = grads[i]
         bias = g.sum(0, dtype=sums).to(branch.bias.dtype) if need_bias else None
         gain = None
         if branch.gain is not None:
             gain = (g * before[i]).sum(0, dtype=sums).to(branch.gain.dtype) if need_gain else None
             g = grads[i] = gained(g, branch.gain)
-        B = None
+        found.append(Gradients(bias, None, None, gain))
+    if _by_compiled_code(branches, factors, rows.dtype):
+        mask = _mask(rows, branches)
+        total, pairs = compiled.gradients(rows, branches, grads, hidden, mask, need_rows, needs)
+        return total, [one._replace(A=A, B=B) for one, (A, B) in zip(found, pairs)]
+    for i, (branch, (_, need_A, need_B, _)) in enumerate(zip(branches, needs)):
+        g = grads[i]
         if need_B:
             # (hᵀ g)ᵀ rather than gᵀ h: the library's product is faster with the thin matrix on the left.
             B = torch.empty_like(branch.B, memory_format=torch.contiguous_format).copy_((hidden[i].t() @ g).t())
-            B = B if branch.factor == 1.0 else B.mul_(branch.factor)
+            found[i] = found[i]._replace(B=B if branch.factor == 1.0 else B.mul_(branch.factor))
         if branch.A is not None and (need_A or need_rows):
             back[i] = g @ factors.B[i]
-        found.append(Gradients(bias, None, B, gain))
-    total = _through_weights(rows.dtype, branches, grads) if need_rows else None
+    total: Tensor | None = None
     for members, mask in _courses(rows, branches):
         wanted = [i for i in members if needs[i][1]]
         if wanted:
@@ -176,7 +191,7 @@ def gradients(
         if need_rows:
             g = g if wanted == members else _joined([back[i] for i in members])
             total = _added(total, g, factors.stack(members), mask)
-    return total, found
+    return (_through_weights(total, rows.dtype, branches, grads) if need_rows else None), found
 
 
 def _courses(rows: Tensor, branches: Sequence[Branch]) -> Iterator[tuple[list[int], Tensor | None]]:
@@ -187,6 +202,16 @@ def _courses(rows: Tensor, branches: Sequence[Branch]) -> Iterator[tuple[list[in
             courses.setdefault((b.dropout, b.seed if b.dropout else None), []).append(i)
     for (p, seed), members in courses.items():
         yield members, keep_mask(seed, tuple(rows.shape), p, rows.dtype, rows.device) if p else None
+
+
+def _by_compiled_code(branches: Sequence[Branch], factors: Factors, dtype: torch.dtype) -> bool:
+    """Whether `Factors.of` left a group to compiled code; a group without a change, which has no factors, is asked."""
+    return factors.A is None and (any(b.A is not None for b in branches) or compiled.takes(branches, dtype))
+
+
+def _mask(rows: Tensor, branches: Sequence[Branch]) -> Tensor | None:
+    """The one mask (N, in) of a group that compiled code takes, or None."""
+    return next((mask for _, mask in _courses(rows, branches)), None)
 
 
 def _project(rows: Tensor, branches: Sequence[Branch], factors: Factors) -> list[Tensor | None]:
@@ -202,9 +227,10 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _through_weights(dtype: torch.dtype, branches: Sequence[Branch], grads: Sequence[Tensor]) -> Tensor | None:
-    """``Σ g_i W_i``, every product added into the first; None where no branch has a weight."""
-    total: Tensor | None = None
+def _through_weights(
+    total: Tensor | None, dtype: torch.dtype, branches: Sequence[Branch], grads: Sequence[Tensor]
+) -> Tensor | None:
+    """``Σ g_i W_i`` added into ``total``, or alone; as it was where no branch has a weight."""
     for branch, g in zip(branches, grads):
         if branch.weight is not None:
             W = branch.dense(dtype)

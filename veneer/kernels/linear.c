@@ -1,0 +1,213 @@
+/* Linear layers with a low-rank change that share one input: outputs, and gradients of input and factors. */
+
+#include "product.h"
+
+#define BRANCHES 8 /* most layers of a group */
+#define DEPTH 512  /* rows of one sum over rows */
+
+/* One layer. `h` and `t` are as wide as the rank, one more where it is odd; what stands there is 0. */
+typedef struct {
+    const bf16 *weight; /* (out, in), or NULL */
+    whole weight_stride, out, rank;
+    const float *A, *B; /* (rank, in) and (out, rank); rank 0: none */
+    whole A_stride, B_stride;
+    double factor;
+    const float *bias, *gain; /* (out,) or NULL */
+    bf16 *y;                  /* (rows, out): the output in forward, its gradient in backward */
+    whole y_stride;
+    bf16 *before; /* (rows, out): the output before gain and bias, or NULL */
+    whole before_stride;
+    bf16 *h; /* (rows, rank): x Aᵀ */
+    whole h_stride;
+    bf16 *t; /* (rows, rank): the gradient of h */
+    whole t_stride;
+    float *grad_A, *grad_B; /* contiguous, or NULL */
+} Branch;
+
+static _Thread_local Bench benches; /* of each thread its own, kept from call to call */
+
+INLINE whole vectors_of(whole count) { return (count + LANES - 1) / LANES; }
+
+/* The rows of a thread, in whole tiles. */
+INLINE void rows_share(whole rows, int thread, int threads, whole *from, whole *to) {
+    share((rows + TILE - 1) / TILE, thread, threads, from, to);
+    *from = at_most(*from * TILE, rows);
+    *to = at_most(*to * TILE, rows);
+}
+
+/* The columns of a thread, in whole vectors. */
+INLINE void columns_share(whole columns, int thread, int threads, whole *from, whole *to) {
+    share(vectors_of(columns), thread, threads, from, to);
+    *from = at_most(*from * LANES, columns);
+    *to = at_most(*to * LANES, columns);
+}
+
+/* What follows the rank in rows of odd rank. */
+INLINE void filled(bf16 *rows, whole stride, whole rank, whole from, whole to) {
+    if (rank & 1)
+        for (whole row = from; row < to; row++) rows[row * stride + rank] = 0;
+}
+
+/* h (rows, rank) = x Aᵀ of a group, for the thread's rows. */
+static void down(const Branch *b, int count, const bf16 *x, whole stride, whole from, whole to, whole in, Then then,
+                 Bench *bench) {
+    for (int i = 0; i < count; i++, b++) {
+        if (!b->rank) continue;
+        Term term = {x, stride, b->A, b->A_stride, in, 1.0f, 1, ACROSS, NULL, 0};
+        Finish finish = {b->h, NULL, b->h_stride, 0, NULL, NULL};
+        sum_of_products(&term, 1, from, to, 0, b->rank, b->rank, bench, &finish, then);
+        filled(b->h, b->h_stride, b->rank, from, to);
+    }
+}
+
+/* t (rows, rank) = g B of a group, for the thread's rows. */
+static void back(const Branch *b, int count, whole from, whole to, Then then, Bench *bench) {
+    for (int i = 0; i < count; i++, b++) {
+        if (!b->rank || !b->t) continue;
+        Term term = {b->y, b->y_stride, b->B, b->B_stride, b->out, b->factor, 1, DOWN, NULL, 0};
+        Finish finish = {b->t, NULL, b->t_stride, 0, NULL, NULL};
+        sum_of_products(&term, 1, from, to, 0, b->rank, b->rank, bench, &finish, then);
+        filled(b->t, b->t_stride, b->rank, from, to);
+    }
+}
+
+/* What one layer puts out, x Wᵀ + h Bᵀ, as at most two terms; how many. */
+static int output_terms(const Branch *b, const bf16 *x, whole stride, whole in, Term *terms) {
+    int n = 0;
+    if (b->weight) terms[n++] = (Term){x, stride, b->weight, b->weight_stride, in, 1.0f, 0, ACROSS, NULL, 0};
+    if (b->rank)
+        terms[n++] = (Term){b->h, b->h_stride, b->B, b->B_stride, b->rank, b->factor, 1, ACROSS, NULL, 0};
+    return n;
+}
+
+/* Forward of a group. `dropped` (rows, in) is x as the factors see it: x itself where nothing is dropped. */
+EXPORT void veneer_group(const Branch *b, int count, const bf16 *x, whole x_stride, const bf16 *dropped,
+                         whole dropped_stride, whole rows, whole in, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), team = omp_get_num_threads(), n[BRANCHES], mine = 0;
+        Term terms[BRANCHES][2];
+        whole all = 0, from, to, begins = 0, starts[BRANCHES], stops[BRANCHES];
+        for (int i = 0; i < count; i++) all += vectors_of(b[i].out);
+        share(all, thread, team, &from, &to);
+        /* The thread's columns are a run through the layers: [starts, stops) of each. */
+        Then next[BRANCHES + 1] = {0};
+        int which[BRANCHES];
+        for (int i = 0; i < count; begins += vectors_of(b[i].out), i++) {
+            starts[mine] = (from > begins ? from - begins : 0) * LANES;
+            stops[mine] = at_most((to - begins) * LANES, b[i].out);
+            if (starts[mine] >= stops[mine]) continue;
+            n[mine] = output_terms(b + i, x, x_stride, in, terms[mine]);
+            next[mine] = (Then){terms[mine], n[mine], starts[mine], stops[mine]};
+            which[mine++] = i;
+        }
+        rows_share(rows, thread, team, &from, &to);
+        down(b, count, dropped, dropped_stride, from, to, in, next[0], &benches);
+#pragma omp barrier
+        for (int j = 0; j < mine; j++) {
+            const Branch *one = b + which[j];
+            Finish finish = {one->y, one->before, one->y_stride, one->before_stride, one->gain, one->bias};
+            sum_of_products(terms[j], n[j], 0, rows, starts[j], stops[j], one->out, &benches, &finish, next[j + 1]);
+        }
+    }
+}
+
+/* Pairs of rows of a narrow matrix (rows, width): (rows / 2, 16) for the vector of columns at `column`. */
+static void paired(const bf16 *from, whole stride, whole rows, whole column, whole width, __m512i *to) {
+    __mmask16 mask = first(width - column);
+    for (whole r = 0; r < rows; r += 2) {
+        const bf16 *at = from + r * stride + column;
+        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
+        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
+        to[r / 2] = (__m512i)two_rows(above, below);
+    }
+}
+
+/* `narrowᵀ wide` for sixteen columns of each, summed over rows: sum[i] has narrow's column i, wide's columns as lanes. */
+INLINE void over_rows(const __m512i *narrow, const bf16 *wide, whole stride, whole rows, __mmask16 mask,
+                      __m512 sum[LANES]) {
+    for (whole r = 0; r < rows; r += 2, narrow++) {
+        const bf16 *at = wide + r * stride;
+        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
+        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
+        __m512bh both = two_rows(above, below);
+        const int32_t *each = (const int32_t *)narrow;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            sum[i] = _mm512_dpbf16_ps(sum[i], both, (__m512bh)_mm512_set1_epi32(each[i]));
+    }
+}
+
+/* `scale · narrowᵀ wide` for the columns [from, to) of wide: narrow (rows, width), wide (rows, all). Into `out`, (width,
+   all) or, where `flipped`, (all, width), contiguous. */
+static void sum_over_rows(const bf16 *narrow, whole narrow_stride, whole width, const bf16 *wide, whole wide_stride,
+                          whole all, whole from, whole to, whole rows, float scale, int flipped, float *out,
+                          Bench *bench) {
+    for (whole column = 0; column < width; column += LANES)
+        for (whole top = 0; top < rows; top += DEPTH) {
+            whole deep = at_most(DEPTH, rows - top);
+            paired(narrow + top * narrow_stride, narrow_stride, deep, column, width, bench->panel);
+            for (whole here = from; here < to; here += LANES) {
+                __mmask16 mask = first(to - here);
+                __m512 sum[LANES];
+                for (int i = 0; i < LANES; i++) sum[i] = _mm512_setzero_ps();
+                over_rows(bench->panel, wide + top * wide_stride + here, wide_stride, deep, mask, sum);
+                if (flipped) turned((__m512i *)sum);
+                whole lines = flipped ? at_most(LANES, to - here) : at_most(LANES, width - column);
+                for (int i = 0; i < lines; i++) {
+                    float *at = flipped ? out + (here + i) * width + column : out + (column + i) * all + here;
+                    __mmask16 lanes = flipped ? first(width - column) : mask;
+                    __m512 scaled = _mm512_mul_ps(sum[i], _mm512_set1_ps(scale));
+                    if (top) scaled = _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(lanes, at));
+                    _mm512_mask_storeu_ps(at, lanes, scaled);
+                }
+            }
+        }
+}
+
+/* The gradient of x, keep ∘ Σ t A + Σ g W, as terms; how many. */
+static int input_terms(const Branch *b, int count, const bf16 *keep, whole keep_stride, Term *terms) {
+    int n = 0;
+    for (int i = 0; i < count; i++)
+        if (b[i].rank)
+            terms[n++] =
+                (Term){b[i].t, b[i].t_stride, b[i].A, b[i].A_stride, b[i].rank, 1.0f, 1, DOWN, NULL, 0};
+    if (n) terms[n - 1].keep = keep, terms[n - 1].keep_stride = keep_stride;
+    for (int i = 0; i < count; i++)
+        if (b[i].weight)
+            terms[n++] =
+                (Term){b[i].y, b[i].y_stride, b[i].weight, b[i].weight_stride, b[i].out, 1.0f, 0, DOWN, NULL, 0};
+    return n;
+}
+
+/* Backward of a group: the gradients of x (into `grad`, where it is not NULL) and of the factors that ask for it. `keep`
+   is the dropout's mask (rows, in) or NULL, `dropped` x under it. */
+EXPORT void veneer_group_gradients(const Branch *b, int count, const bf16 *dropped, whole dropped_stride,
+                                   const bf16 *keep, whole keep_stride, whole rows, whole in, bf16 *grad,
+                                   whole grad_stride, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        Term terms[2 * BRANCHES];
+        int n = input_terms(b, count, keep, keep_stride, terms);
+        whole from, to, start, stop;
+        columns_share(in, thread, team, &start, &stop);
+        rows_share(rows, thread, team, &from, &to);
+        back(b, count, from, to, (Then){terms, grad ? n : 0, start, stop}, &benches);
+        for (int i = 0; i < count; i++)
+            if (b[i].grad_B) {
+                columns_share(b[i].out, thread, team, &from, &to);
+                sum_over_rows(b[i].h, b[i].h_stride, b[i].rank, b[i].y, b[i].y_stride, b[i].out, from, to, rows,
+                              b[i].factor, 1, b[i].grad_B, &benches);
+            }
+#pragma omp barrier
+        if (grad) {
+            Finish finish = {grad, NULL, grad_stride, 0, NULL, NULL};
+            sum_of_products(terms, n, 0, rows, start, stop, in, &benches, &finish, (Then){0});
+        }
+        for (int i = 0; i < count; i++)
+            if (b[i].grad_A)
+                sum_over_rows(b[i].t, b[i].t_stride, b[i].rank, dropped, dropped_stride, in, start, stop, rows, 1.0f, 0,
+                              b[i].grad_A, &benches);
+    }
+}
