@@ -10,10 +10,10 @@ from torch import nn
 
 import veneer
 from veneer.bases.nf4 import NF4Linear, quantise_layer
-from veneer.core.product import lowrank_linear
 from veneer.core.site import find_sites
 from veneer.errors import UserError
 from veneer.numerics import quantize
+from veneer.numerics.fused import lowrank_linear
 from veneer.parts.restore import attach_from
 from veneer.parts.state import clone
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers as tf
 
-from veneer.core.product import lowrank_linear
 from veneer.models import fast_attention, fast_self_attention
 from veneer.models.fast import fast_forms
 from veneer.numerics import lowrank
 from veneer.numerics.dropout import keep_mask
+from veneer.numerics.fused import lowrank_linear
 from veneer.numerics.lowrank import Branch
 
 TIME = 40

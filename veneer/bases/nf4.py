@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Adapted
 from veneer.core.hook import Storage
-from veneer.core.product import compute_dtype
 from veneer.core.registry import method
 from veneer.core.site import Site, register_storage
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import quantize
+from veneer.numerics.fused import compute_dtype
 
 
 @method("nf4", axis="base", paper="arXiv:2305.14314", system="048b", wants=("frozen-base",))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.context import current
-from veneer.core.product import lowrank_linear
 from veneer.core.site import Kind, Site
 from veneer.errors import UserError
 from veneer.fields import Fields
 from veneer.numerics import chance
 from veneer.numerics.dropout import keep_mask
+from veneer.numerics.fused import lowrank_linear
 
 if TYPE_CHECKING:
     from veneer.core.adapted import Base
@@ -126,7 +126,7 @@ class Delta(Fields, nn.Module):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The adapted output; ``base(x)`` runs what lies beneath."""
-        return base(x) + self.update(x)
+        return base.plus(x, self.update(x))
 
     def weight(self, W: Tensor | None = None) -> Tensor:
         """ΔW (out, in) in fp32."""

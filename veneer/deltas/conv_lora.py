@@ -80,7 +80,7 @@ class ConvLoRA(Delta):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         narrow = torch.finfo(self.compute_dtype(x)).bits < 32
         if base.links or narrow or self.form == "two_conv" or "_veneer_forward" in vars(self.site.module):
-            return base(x) + self.update(x)
+            return base.plus(x, self.update(x))
         return self.site.run(x, self.site.weight() + self.weight(), self.site.bias())
 
     def weight(self, W: Tensor | None = None) -> Tensor:

@@ -84,7 +84,7 @@ class GaussianLoRA(Delta):
         return not self.training and self.sampled is None
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x) + self.update(x)
+        y = base.plus(x, self.update(x))
         if self.is_plain():
             return y
         seed = (

@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, Pair, Slot
-from veneer.core.product import compute_dtype
 from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import At
 from veneer.numerics import chance
+from veneer.numerics.fused import compute_dtype
 
 ROLES = {"v": "v", "o": "o", "up": "u", "down": "d"}  # of sites → the ratio's name in the paper
 ROWS = ("v", "up")

@@ -109,7 +109,7 @@ class SaRA(Delta):
         source = base.source() if base.fusable and not base.links else None
         given, stored = (source, None) if isinstance(source, Tensor) else (None, source)
         if source is None or (given is not None and given.requires_grad):
-            return base(x) + self.update(x)
+            return base.plus(x, self.update(x))
         return _Entries.apply(x, given, stored, base.own_bias(), self.w, self.indices, self.compute_dtype(x))
 
     def update(self, x: Tensor) -> Tensor:

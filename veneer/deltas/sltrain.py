@@ -83,7 +83,7 @@ class SLTrain(Delta):
             y = _SparseLowRank.apply(x, self._own_bias(), self.A, self.B, self.v, self.indices, *facts)
         else:
             y = self.site.run(x, *self.cast(x, self._matrix()), self._own_bias())
-        return y if self.replace else base(x) + y
+        return y if self.replace else base.plus(x, y)
 
     def weight(self, W: Tensor | None = None) -> Tensor:
         M = self._matrix()

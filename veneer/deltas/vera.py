@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from veneer.core.adapted import Base
 from veneer.core.delta import Delta, Pair, Slot
-from veneer.core.product import compute_dtype
 from veneer.core.registry import PeftMap, method
 from veneer.core.site import Site
 from veneer.fields import At
 from veneer.numerics import lowrank
+from veneer.numerics.fused import compute_dtype
 
 
 @method("vera", axis="delta", paper="arXiv:2310.11454", system=0, gives=("linear", "foldable", "frozen-base"))

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.core.hook import Optim
-from veneer.core.product import lowrank_linear
 from veneer.core.registry import method
 from veneer.fields import At
+from veneer.numerics.fused import lowrank_linear
 
 
 def row_factor(A: Tensor, B: Tensor, eta_squared: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from veneer.core.adapted import Adapted, Base
 from veneer.core.adapter import adapters
 from veneer.core.delta import Delta
-from veneer.core.product import Weight
+from veneer.numerics.fused import Weight
 
 
 def plain(

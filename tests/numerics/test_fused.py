@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from veneer.core.product import lowrank_linear
 from veneer.numerics.dropout import keep_mask
+from veneer.numerics.fused import lowrank_linear
 
 SEED = 7
 
