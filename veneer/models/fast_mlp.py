@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import elementwise
 from veneer.models.fast_linear import TENSORS, facts, flat, in_order, input_of, keep_only, unflat, wanted
 from veneer.numerics import lowrank
 from veneer.numerics.lowrank import Branch, Factors
@@ -24,10 +25,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up, written over ``grad`` and ``active = silu(gate)``."""
-    grad_up = active.mul_(grad)
-    grad = grad.mul_(up)
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    return elementwise.swiglu(gate, up) if elementwise.takes(gate, up) else F.silu(gate).mul_(up)
+
+
+def _gradients(grad: Tensor, gate: Tensor, up: Tensor, over: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up, the first written over ``grad`` where that may be."""
+    if elementwise.takes(grad, gate, up):
+        return elementwise.swiglu_gradients(grad, gate, up, over)
+    grad_up = F.silu(gate).mul_(grad)
+    grad = grad.mul_(up) if over else grad * up
     return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad), grad_up
 
 
@@ -35,13 +42,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _product(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return _swiglu_gradients(grad.clone(), gate, up, F.silu(gate))
+        return _gradients(grad, gate, up, over=False)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -51,7 +58,7 @@ class _GatedMLP(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         outer, inner = Factors.of(branches[:2], x.dtype), Factors.of(branches[2:], x.dtype)
         (gate, up), hs, zs = lowrank.run(rows, branches[:2], outer)
-        product = F.silu(gate).mul_(up)
+        product = _product(gate, up)
         (y,), (h,), (z,) = lowrank.run(product, branches[2:], inner)
         need = wanted(ctx.needs_input_grad[2:])
         hs = keep_only([*hs, h], [n[2] for n in need])
@@ -72,13 +79,12 @@ class _GatedMLP(torch.autograd.Function):
         branches, need = unflat(ctx.facts, tensors), wanted(ctx.needs_input_grad[2:])
         zs = [None if b.gain is None else t for b, t in zip(branches, kept)]
         gate, up = (t if b.gain is None else _finished(t, b) for t, b in zip(kept, branches))
-        active = F.silu(gate)
-        product = active * up if need[2][1] else active
+        product = _product(gate, up) if need[2][1] else gate  # else for its shape alone
         g = grad.reshape(-1, grad.shape[-1])
         back, last = lowrank.gradients(product, branches[2:], inner, [g], hs[2:], [z], True, need[2:])
         del product
-        grads = _swiglu_gradients(back, gate, up, active)
-        del back, active, gate, up
+        grads = _gradients(back, gate, up, over=True)
+        del back, gate, up
         rows, need_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
         grad_x, first = lowrank.gradients(rows, branches[:2], outer, grads, hs[:2], zs, need_x, need[:2])
         return (None if grad_x is None else grad_x.view(x.shape)), None, *in_order([*first, *last])

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import UserError
+from veneer.kernels import softmax
 from veneer.models import architecture
 from veneer.models.fast import fast_forms, packs
 from veneer.models.packing import packing, rounded
@@ -191,6 +192,8 @@ def head_loss(states: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHU
 
 def _to_gradient(logits: Tensor, targets: Tensor, sums: torch.dtype) -> Tensor:
     """Summed cross entropy of logits (n, vocabulary), which become its gradient; a few rows at a time in ``sums``."""
+    if sums == torch.float32 and softmax.takes(logits):
+        return softmax.to_gradient(logits, targets)
     wanted = targets[:, None]
     highest, own = logits.amax(1, keepdim=True).to(sums), logits.gather(1, wanted).to(sums)
     rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
