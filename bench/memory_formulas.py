@@ -5,7 +5,8 @@ every form keeps for backward, in c bytes a number,
 
 - the stream before each norm, N·d twice, and the norms' fp32 mean squares;
 - the turned queries, keys and values, N·(q + 2k), and the probabilities, of which each run of rows stops at its own
-  last column;
+  last column; where compiled code attends, queries, keys and values as they were projected, what comes out, N·q, and an
+  fp32 sum for each token and head;
 - what comes out of gate and up, 2·N·f,
 
 and beside it what its trained tensors ask for at each layer: the layer's input, or a part of it, or none. A block whose
@@ -18,6 +19,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
+
+from veneer import kernels
 
 SINGLE = 4  # bytes of a number in fp32
 BLOCK, PARTS = 64, 8  # attention's rows come in runs of at least 64, at most 8 runs
@@ -37,14 +40,15 @@ class Sizes:
     groups: int
     head: int
     c: int = 2
+    compiled: bool = False  # whether compiled kernels run
 
     @classmethod
     def of(cls, config: Any, rows: int, tokens: int, c: int = 2) -> Sizes:
-        """From a transformers config; ``rows`` of ``tokens`` each, ``c`` bytes a number."""
+        """From a transformers config; ``rows`` of ``tokens``, ``c`` bytes a number, by the kernels of this machine."""
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         sides = config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads, head
-        return cls(rows, tokens, config.num_hidden_layers, *sides, c)
+        return cls(rows, tokens, config.num_hidden_layers, *sides, c, c == 2 and kernels.usable())
 
     @property
     def N(self) -> int:
@@ -74,7 +78,9 @@ class Sizes:
 
     @property
     def attention(self) -> int:
-        """Queries, keys, values, probabilities."""
+        """Queries, keys, values; probabilities, or output and sums."""
+        if self.compiled:
+            return self.N * (self.c * 2 * (self.q + self.k) + SINGLE * self.heads)
         size = max(BLOCK, -(-self.tokens // PARTS))
         ends = [min(a + size, self.tokens) for a in range(0, self.tokens, size)]
         looked = sum((b - a) * b for a, b in zip([0, *ends], ends))
@@ -87,8 +93,14 @@ class Sizes:
 
     @property
     def turns(self) -> int:
-        """Cosines and the sines of the way back, for all heads of queries and keys; once for all blocks."""
-        return self.c * 2 * self.tokens * (self.q + self.k)
+        """Cosines and the sines of the way back, for all heads of queries and keys; once for all blocks. Compiled code,
+        which turns again in backward, takes the sines of the way there too."""
+        return self.c * (3 if self.compiled else 2) * self.tokens * (self.q + self.k)
+
+    @property
+    def output(self) -> int:
+        """Numbers of attention's output, o's input, where it is not kept anyway."""
+        return 0 if self.compiled else self.N * self.q
 
 
 def trunk(s: Sizes, first: int = 0, own: int | None = None) -> int:
@@ -100,9 +112,10 @@ def trunk(s: Sizes, first: int = 0, own: int | None = None) -> int:
 
 
 def lora(s: Sizes, rank: int, inputs: bool = True) -> int:
-    """The trunk's, three inputs a block (down's is formed again), N·r at each layer and the factors in c bytes."""
-    shared = s.N * (2 * s.d + s.q) if inputs else 0
-    factors = sum(rank * (m + n) for m, n in s.layers.values())
+    """The trunk's, three inputs a block (down's is formed again), N·r at each layer and the factors in c bytes, which
+    compiled code needs not."""
+    shared = 2 * s.N * s.d + s.output if inputs else 0
+    factors = 0 if s.compiled else sum(rank * (m + n) for m, n in s.layers.values())
     return trunk(s) + s.blocks * s.c * (shared + len(s.layers) * s.N * rank + factors)
 
 
@@ -115,7 +128,7 @@ def written(s: Sizes, drawn: Collection[int] | None = None) -> int:
     """Weights that train, in the blocks ``drawn`` or in all: there the four inputs, and from the first of them on the
     weights in c bytes, as the fp32 values stand for them; without those whose input asks for no gradient."""
     first = 0 if drawn is None else min(drawn)
-    inputs = s.N * (2 * s.d + s.q + s.f) * (s.blocks if drawn is None else len(drawn))
+    inputs = (s.N * (2 * s.d + s.f) + s.output) * (s.blocks if drawn is None else len(drawn))
     weights = (s.blocks - first) * sum(m * n for m, n in s.layers.values()) - (s.q + 2 * s.k) * s.d
     return trunk(s, first) + s.c * (inputs + weights)
 
@@ -134,7 +147,7 @@ def lst(s: Sizes, reduction: int) -> int:
     its weights and its own turn; one ladder more at the bottom, the head of the side at the top."""
     t = replace(s, d=s.d // reduction, f=s.f // reduction, head=s.head // reduction)
     weights = sum(m * n for m, n in t.layers.values())
-    block = t.N * (2 * t.d + 2 * t.d + t.q + t.f) + weights
+    block = t.N * (2 * t.d + 2 * t.d + t.f) + t.output + weights
     ladders = (s.blocks + 1) * s.N * s.d
     turns = (s.blocks - 1) * t.turns  # the others than the one in the thin trunk's own sum
     return trunk(t) + t.norm + turns + s.c * (s.blocks * block + ladders + t.N * t.d + s.d * t.d)

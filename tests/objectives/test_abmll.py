@@ -65,7 +65,8 @@ def test_with_all_off_it_is_lora_on_that_task():
     batch = columns(8)
     (plain, none) = (veneer.attach(net(), recipe, rank=2, sites="all") for recipe in ("lora", OFF))
     losses = [veneer.fit(a, [batch], **FIT).losses for a in (plain, none)]
-    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # sums in another order
+    assert losses[0][-1] < losses[0][0]
     assert all(torch.allclose(none.state()[k], v, rtol=1e-5, atol=1e-7) for k, v in plain.state().items())
 
 

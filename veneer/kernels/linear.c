@@ -3,7 +3,6 @@
 #include "product.h"
 
 #define BRANCHES 8 /* most layers of a group */
-#define DEPTH 512  /* rows of one sum over rows */
 
 /* One layer. `h` and `t` are as wide as the rank, one more where it is odd; what stands there is 0. */
 typedef struct {
@@ -24,7 +23,7 @@ typedef struct {
     float *grad_A, *grad_B; /* contiguous, or NULL */
 } Branch;
 
-static _Thread_local Bench benches; /* of each thread its own, kept from call to call */
+_Thread_local Bench veneer_bench;
 
 INLINE whole vectors_of(whole count) { return (count + LANES - 1) / LANES; }
 
@@ -54,7 +53,7 @@ static void down(const Branch *b, int count, const bf16 *x, whole stride, whole 
     for (int i = 0; i < count; i++, b++) {
         if (!b->rank) continue;
         Term term = {x, stride, b->A, b->A_stride, in, 1.0f, 1, ACROSS, NULL, 0};
-        Finish finish = {b->h, NULL, b->h_stride, 0, NULL, NULL};
+        Finish finish = {b->h, NULL, b->h_stride, 0, NULL, NULL, NULL, 0};
         sum_of_products(&term, 1, from, to, 0, b->rank, b->rank, bench, &finish, then);
         filled(b->h, b->h_stride, b->rank, from, to);
     }
@@ -65,7 +64,7 @@ static void back(const Branch *b, int count, whole from, whole to, Then then, Be
     for (int i = 0; i < count; i++, b++) {
         if (!b->rank || !b->t) continue;
         Term term = {b->y, b->y_stride, b->B, b->B_stride, b->out, b->factor, 1, DOWN, NULL, 0};
-        Finish finish = {b->t, NULL, b->t_stride, 0, NULL, NULL};
+        Finish finish = {b->t, NULL, b->t_stride, 0, NULL, NULL, NULL, 0};
         sum_of_products(&term, 1, from, to, 0, b->rank, b->rank, bench, &finish, then);
         filled(b->t, b->t_stride, b->rank, from, to);
     }
@@ -102,67 +101,14 @@ EXPORT void veneer_group(const Branch *b, int count, const bf16 *x, whole x_stri
             which[mine++] = i;
         }
         rows_share(rows, thread, team, &from, &to);
-        down(b, count, dropped, dropped_stride, from, to, in, next[0], &benches);
+        down(b, count, dropped, dropped_stride, from, to, in, next[0], &veneer_bench);
 #pragma omp barrier
         for (int j = 0; j < mine; j++) {
             const Branch *one = b + which[j];
-            Finish finish = {one->y, one->before, one->y_stride, one->before_stride, one->gain, one->bias};
-            sum_of_products(terms[j], n[j], 0, rows, starts[j], stops[j], one->out, &benches, &finish, next[j + 1]);
+            Finish finish = {one->y, one->before, one->y_stride, one->before_stride, one->gain, one->bias, NULL, 0};
+            sum_of_products(terms[j], n[j], 0, rows, starts[j], stops[j], one->out, &veneer_bench, &finish, next[j + 1]);
         }
     }
-}
-
-/* Pairs of rows of a narrow matrix (rows, width): (rows / 2, 16) for the vector of columns at `column`. */
-static void paired(const bf16 *from, whole stride, whole rows, whole column, whole width, __m512i *to) {
-    __mmask16 mask = first(width - column);
-    for (whole r = 0; r < rows; r += 2) {
-        const bf16 *at = from + r * stride + column;
-        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
-        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
-        to[r / 2] = (__m512i)two_rows(above, below);
-    }
-}
-
-/* `narrowᵀ wide` for sixteen columns of each, summed over rows: sum[i] has narrow's column i, wide's columns as lanes. */
-INLINE void over_rows(const __m512i *narrow, const bf16 *wide, whole stride, whole rows, __mmask16 mask,
-                      __m512 sum[LANES]) {
-    for (whole r = 0; r < rows; r += 2, narrow++) {
-        const bf16 *at = wide + r * stride;
-        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
-        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
-        __m512bh both = two_rows(above, below);
-        const int32_t *each = (const int32_t *)narrow;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            sum[i] = _mm512_dpbf16_ps(sum[i], both, (__m512bh)_mm512_set1_epi32(each[i]));
-    }
-}
-
-/* `scale · narrowᵀ wide` for the columns [from, to) of wide: narrow (rows, width), wide (rows, all). Into `out`, (width,
-   all) or, where `flipped`, (all, width), contiguous. */
-static void sum_over_rows(const bf16 *narrow, whole narrow_stride, whole width, const bf16 *wide, whole wide_stride,
-                          whole all, whole from, whole to, whole rows, float scale, int flipped, float *out,
-                          Bench *bench) {
-    for (whole column = 0; column < width; column += LANES)
-        for (whole top = 0; top < rows; top += DEPTH) {
-            whole deep = at_most(DEPTH, rows - top);
-            paired(narrow + top * narrow_stride, narrow_stride, deep, column, width, bench->panel);
-            for (whole here = from; here < to; here += LANES) {
-                __mmask16 mask = first(to - here);
-                __m512 sum[LANES];
-                for (int i = 0; i < LANES; i++) sum[i] = _mm512_setzero_ps();
-                over_rows(bench->panel, wide + top * wide_stride + here, wide_stride, deep, mask, sum);
-                if (flipped) turned((__m512i *)sum);
-                whole lines = flipped ? at_most(LANES, to - here) : at_most(LANES, width - column);
-                for (int i = 0; i < lines; i++) {
-                    float *at = flipped ? out + (here + i) * width + column : out + (column + i) * all + here;
-                    __mmask16 lanes = flipped ? first(width - column) : mask;
-                    __m512 scaled = _mm512_mul_ps(sum[i], _mm512_set1_ps(scale));
-                    if (top) scaled = _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(lanes, at));
-                    _mm512_mask_storeu_ps(at, lanes, scaled);
-                }
-            }
-        }
 }
 
 /* The gradient of x, keep ∘ Σ t A + Σ g W, as terms; how many. */
@@ -193,21 +139,21 @@ EXPORT void veneer_group_gradients(const Branch *b, int count, const bf16 *dropp
         whole from, to, start, stop;
         columns_share(in, thread, team, &start, &stop);
         rows_share(rows, thread, team, &from, &to);
-        back(b, count, from, to, (Then){terms, grad ? n : 0, start, stop}, &benches);
+        back(b, count, from, to, (Then){terms, grad ? n : 0, start, stop}, &veneer_bench);
         for (int i = 0; i < count; i++)
             if (b[i].grad_B) {
                 columns_share(b[i].out, thread, team, &from, &to);
                 sum_over_rows(b[i].h, b[i].h_stride, b[i].rank, b[i].y, b[i].y_stride, b[i].out, from, to, rows,
-                              b[i].factor, 1, b[i].grad_B, &benches);
+                              b[i].factor, 1, 0, b[i].grad_B, &veneer_bench);
             }
 #pragma omp barrier
         if (grad) {
-            Finish finish = {grad, NULL, grad_stride, 0, NULL, NULL};
-            sum_of_products(terms, n, 0, rows, start, stop, in, &benches, &finish, (Then){0});
+            Finish finish = {grad, NULL, grad_stride, 0, NULL, NULL, NULL, 0};
+            sum_of_products(terms, n, 0, rows, start, stop, in, &veneer_bench, &finish, (Then){0});
         }
         for (int i = 0; i < count; i++)
             if (b[i].grad_A)
-                sum_over_rows(b[i].t, b[i].t_stride, b[i].rank, dropped, dropped_stride, in, start, stop, rows, 1.0f, 0,
-                              b[i].grad_A, &benches);
+                sum_over_rows(b[i].t, b[i].t_stride, b[i].rank, dropped, dropped_stride, in, start, stop, rows, 1.0f, 0, 0,
+                              b[i].grad_A, &veneer_bench);
     }
 }

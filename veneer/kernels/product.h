@@ -16,6 +16,7 @@
 #define STRIP 6           /* panels that are gone over before the sum goes deeper */
 #define BLOCK 512         /* rows whose sums are put aside where a panel takes more than one packing */
 #define LINE 64           /* bytes that memory gives at a time */
+#define DEPTH 512         /* rows of one sum over rows */
 #define TERMS 16          /* most terms of one sum */
 
 /* The second factor is stored (columns, depth) as a weight is in forward, or (depth, columns) as it is in backward. */
@@ -34,11 +35,13 @@ typedef struct {
     whole keep_stride;
 } Term;
 
-/* Where a sum goes: `out = sum · gain + bias`, and the sum itself to `before`, each where it is not NULL. */
+/* Where a sum goes: itself to `sums` in fp32, or `out = sum · gain + bias`, and it to `before`, each where it is not NULL. */
 typedef struct {
     bf16 *out, *before;
     whole out_stride, before_stride;
     const float *gain, *bias;
+    float *sums;
+    whole sums_stride;
 } Finish;
 
 /* A run of one term that is packed at a time. */
@@ -69,6 +72,8 @@ typedef struct {
     _Alignas(64) __m512i panel[DEEP * PANEL];
     float aside[STRIP][BLOCK * PANEL * LANES];
 } Bench;
+
+extern _Thread_local Bench veneer_bench __attribute__((visibility("hidden"))); /* each thread's own */
 
 INLINE whole bytes_of(const Term *t) { return t->fp32 ? sizeof(float) : sizeof(bf16); }
 
@@ -214,6 +219,10 @@ INLINE void tile(const Run *runs, int count, const __m512i *panel, whole row, wh
             }
             whole here = column + v * LANES;
             __mmask16 mask = first(last - here);
+            if (finish->sums) {
+                _mm512_mask_storeu_ps(finish->sums + (row + i) * finish->sums_stride + here, mask, sum[i][v]);
+                continue;
+            }
             if (finish->before) narrowed(finish->before + (row + i) * finish->before_stride + here, mask, sum[i][v]);
             if (finish->gain) sum[i][v] = _mm512_mul_ps(sum[i][v], _mm512_maskz_loadu_ps(mask, finish->gain + here));
             if (finish->bias) sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(mask, finish->bias + here));
@@ -294,6 +303,59 @@ static void sum_of_products(const Term *terms, int count, whole top, whole botto
             }
         }
     }
+}
+
+/* Pairs of rows of a narrow matrix (rows, width): (rows / 2, 16) for the vector of columns at `column`. */
+static void paired(const bf16 *from, whole stride, whole rows, whole column, whole width, __m512i *to) {
+    __mmask16 mask = first(width - column);
+    for (whole r = 0; r < rows; r += 2) {
+        const bf16 *at = from + r * stride + column;
+        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
+        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
+        to[r / 2] = (__m512i)two_rows(above, below);
+    }
+}
+
+/* `narrowᵀ wide` for sixteen columns of each, summed over rows: sum[i] has narrow's column i, wide's columns as lanes. */
+INLINE void over_rows(const __m512i *narrow, const bf16 *wide, whole stride, whole rows, __mmask16 mask,
+                      __m512 sum[LANES]) {
+    for (whole r = 0; r < rows; r += 2, narrow++) {
+        const bf16 *at = wide + r * stride;
+        __m256i above = _mm256_maskz_loadu_epi16(mask, at);
+        __m256i below = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, at + stride) : _mm256_setzero_si256();
+        __m512bh both = two_rows(above, below);
+        const int32_t *each = (const int32_t *)narrow;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            sum[i] = _mm512_dpbf16_ps(sum[i], both, (__m512bh)_mm512_set1_epi32(each[i]));
+    }
+}
+
+/* `scale · narrowᵀ wide` for the columns [from, to) of wide: narrow (rows, width), wide (rows, all). Into `out`, (width,
+   all) or, where `flipped`, (all, width), contiguous; or added to what stands there. */
+static void sum_over_rows(const bf16 *narrow, whole narrow_stride, whole width, const bf16 *wide, whole wide_stride,
+                          whole all, whole from, whole to, whole rows, float scale, int flipped, int add, float *out,
+                          Bench *bench) {
+    for (whole column = 0; column < width; column += LANES)
+        for (whole top = 0; top < rows; top += DEPTH) {
+            whole deep = at_most(DEPTH, rows - top);
+            paired(narrow + top * narrow_stride, narrow_stride, deep, column, width, bench->panel);
+            for (whole here = from; here < to; here += LANES) {
+                __mmask16 mask = first(to - here);
+                __m512 sum[LANES];
+                for (int i = 0; i < LANES; i++) sum[i] = _mm512_setzero_ps();
+                over_rows(bench->panel, wide + top * wide_stride + here, wide_stride, deep, mask, sum);
+                if (flipped) turned((__m512i *)sum);
+                whole lines = flipped ? at_most(LANES, to - here) : at_most(LANES, width - column);
+                for (int i = 0; i < lines; i++) {
+                    float *at = flipped ? out + (here + i) * width + column : out + (column + i) * all + here;
+                    __mmask16 lanes = flipped ? first(width - column) : mask;
+                    __m512 scaled = _mm512_mul_ps(sum[i], _mm512_set1_ps(scale));
+                    if (top || add) scaled = _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(lanes, at));
+                    _mm512_mask_storeu_ps(at, lanes, scaled);
+                }
+            }
+        }
 }
 
 #endif

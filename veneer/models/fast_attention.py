@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import attention as compiled
 from veneer.models.packing import Packing
 
 KEPT = 512  # longest sequence whose probabilities are kept: (query heads × length / 2) numbers a token
@@ -133,7 +134,13 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, a: int, b: int, sc
 def attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, heads: Heads, packing: Packing | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The attention of `rotary_attention`, without autograd, and what `attend_gradient` needs."""
+    """The attention of `rotary_attention`, without autograd, and what `attend_gradient` needs.
+
+    That is its arguments, output and sums where compiled code attends, and heads and probabilities else.
+    """
+    if compiled.takes(qkv, mask, heads):
+        out, sums = compiled.attend(qkv, cos, sin, heads, packing)
+        return out, [qkv, out, sums, sin]
     qkv = qkv if packing is None else packing.rows(qkv)
     batch, time = qkv.shape[:2]
     width, group = heads.widths[:2]
@@ -163,6 +170,9 @@ def attend_gradient(
     packing: Packing | None,
 ) -> Tensor:
     """The gradient of `attend`'s queries, keys and values from that of its output, side by side."""
+    if kept[0].shape[-1] == sum(heads.widths):  # compiled code kept the projections as they came
+        qkv, out, sums, sin = kept
+        return compiled.attend_gradient(grad, qkv, out, sums, cos, sin, back, heads, packing)
     K, V, *kept = kept
     grad = grad if packing is None else packing.packed_gradient(grad)
     batch, time, width = grad.shape

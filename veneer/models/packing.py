@@ -37,6 +37,7 @@ class Packing:
     ``index (W,)`` is each packed position's place in the flattened batch, ``source (B, longest)`` the packed position
     of every position of the rows (0 where a row has ended), ``place (N,)`` the way back, into the flattened rows.
     W and longest are `rounded`; what fills them up is seen by no position and gets no gradient.
+    ``lengths (B,)`` are those of the rows; of them ``shared (B,)`` positions are an earlier row's, from the start on.
     ``agree`` holds (row, earlier row, tokens) for each row that begins like an earlier one. ``mask`` is what the model
     is given in place of an attention mask: by its being this very tensor the fast attention knows packed rows.
     """
@@ -47,7 +48,10 @@ class Packing:
         own = at < lengths[:, None]
         for row, _, tokens in agree:
             own[row, :tokens] = False
-        self.agree = tuple(agree)
+        self.agree, self.lengths = tuple(agree), lengths
+        self.shared = torch.zeros_like(lengths)
+        for row, _, tokens in agree:
+            self.shared[row] = tokens
         self.place = own.flatten().nonzero()[:, 0]
         self.source = torch.zeros(own.numel(), dtype=torch.long, device=device)
         self.source[self.place] = torch.arange(len(self.place), device=device)
