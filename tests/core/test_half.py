@@ -9,7 +9,7 @@ import veneer
 
 @pytest.mark.parametrize("method", ["lora", "loha", "lokr", "sltrain", "gaussian-lora"])
 def test_a_change_of_less_than_the_base_s_last_digit_survives(method):
-    """The slope of what came out more on the exact change, over many outputs, is 1; rounding the base first leaves 0."""
+    """The slope of what came out more on the exact change, over many outputs, is 1; 0 if the base is rounded first."""
     g = torch.Generator().manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
     with torch.no_grad():

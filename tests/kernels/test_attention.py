@@ -95,10 +95,16 @@ def test_what_lies_beside_the_projections_is_not_read():
     assert torch.equal(*found)
 
 
-def test_the_same_bits_every_time():
-    given = packed(6, 150, 9, 3, 64)
-    for a, b in zip(both_ways(*given), both_ways(*given)):
-        assert torch.equal(a, b)
+def test_the_same_bits_every_time_with_any_number_of_threads():
+    given, before = packed(6, 150, 9, 3, 64), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = both_ways(*given)
+        torch.set_num_threads(3)
+        for a, b, c in zip(alone, both_ways(*given), both_ways(*given)):
+            assert torch.equal(a, b) and torch.equal(a, c)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_large_scores_stay_numbers():

@@ -1,5 +1,7 @@
 """The compiled products of a group: against float64, and no further from it than torch's products in bf16."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ from veneer.numerics.lowrank import Branch, Factors
 pytestmark = pytest.mark.skipif(not kernels.usable(), reason=kernels.state())
 
 NEEDS = (True, True, True, True)
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def group(
@@ -116,6 +128,16 @@ def test_what_is_not_asked_for_is_not_made(asked):
     assert all(torch.equal(s, all_of_them[i]) for s, i in zip(some, place))
 
 
+def test_no_rows_give_gradients_of_zero():
+    branches = group((40, 24), 30, 6)
+    torch.full((4, 40), torch.nan)  # what memory held before
+    outputs, (rows, *found) = computed(
+        torch.empty(0, 30).bfloat16(), branches, [torch.empty(0, w).bfloat16() for w in (40, 24)]
+    )
+    assert [tuple(y.shape) for y in outputs] == [(0, 40), (0, 24)] and rows.shape == (0, 30)
+    assert len(found) == 4 and not any(f.any() for f in found)
+
+
 def test_outputs_go_where_they_are_to_and_nowhere_else():
     branches = group((40, 18), 30, 5)
     rows = torch.randn(23, 64).bfloat16()[:, 7:37]  # rows that lie apart
@@ -187,9 +209,12 @@ def test_other_groups_are_left_to_torch(branches, dtype):
     assert not compiled.takes(branches, dtype)
 
 
-def test_the_same_bits_every_time():
-    branches = group((960,), 576, 16)
-    rows, grads = torch.randn(288, 576).bfloat16(), [torch.randn(288, 960).bfloat16()]
-    first, again = computed(rows, branches, grads), computed(rows, branches, grads)
-    for a, b in zip(first, again):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+def test_the_same_bits_every_time_with_any_number_of_threads():
+    branches = group((400, 112), 576, 16)
+    rows, grads = torch.randn(288, 576).bfloat16(), [torch.randn(288, w).bfloat16() for w in (400, 112)]
+    with threads(1):
+        alone = computed(rows, branches, grads)
+    with threads(3):
+        for found in (computed(rows, branches, grads), computed(rows, branches, grads)):
+            for a, b in zip(alone, found):
+                assert all(torch.equal(x, y) for x, y in zip(a, b))

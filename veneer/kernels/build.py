@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from veneer import cache
@@ -116,12 +117,16 @@ def _compile(compiler: list[str], sources: Path, made: Path) -> None:
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=made.parent) as folder:
         # Compiled and linked apart: one call with -fopenmp would link a second OpenMP.
-        objects = []
-        for source in sorted(sources.glob("*.c")):
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            _run([*compiler, *FLAGS, "-c", str(source), "-o", objects[-1]])
+        each = {source: str(Path(folder) / f"{source.stem}.o") for source in sorted(sources.glob("*.c"))}
+        with ThreadPoolExecutor() as pool:
+            list(
+                pool.map(
+                    _run,
+                    ([*compiler, *FLAGS, "-c", str(source), "-o", object_file] for source, object_file in each.items()),
+                )
+            )
         draft = Path(folder) / made.name
-        _run([*compiler, "-shared", *objects, "-lm", "-o", str(draft)])
+        _run([*compiler, "-shared", *each.values(), "-lm", "-o", str(draft)])
         content = draft.read_bytes()
         draft.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(draft, made)

@@ -337,7 +337,7 @@ static void sum_over_rows(const bf16 *narrow, whole narrow_stride, whole width, 
                           whole all, whole from, whole to, whole rows, float scale, int flipped, int add, float *out,
                           Bench *bench) {
     for (whole column = 0; column < width; column += LANES)
-        for (whole top = 0; top < rows; top += DEPTH) {
+        for (whole top = 0; !top || top < rows; top += DEPTH) { /* without a row once, for the zeros */
             whole deep = at_most(DEPTH, rows - top);
             paired(narrow + top * narrow_stride, narrow_stride, deep, column, width, bench->panel);
             for (whole here = from; here < to; here += LANES) {
