@@ -1,6 +1,7 @@
 """Gaussian LoRA against the oracles of its sheet (088) and draws of the weights themselves."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_the_gradient_of_the_noise_is_finite_differences_and_keeps_the_input_alo
     assert all(torch.allclose(a, b.float(), rtol=1e-4, atol=1e-5) for a, b in zip(grads, expected))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        d(x, lambda t: t.new_zeros(4, 5))
+        d(x, SimpleNamespace(plus=lambda x, change: change))
     assert torch.Size([5, 12]) not in kept  # neither v nor its logarithm
 
 

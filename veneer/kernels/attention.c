@@ -133,7 +133,7 @@ static void score(const Attention *a, whole row, whole group, whole from, whole 
         for (whole h = 0; h < a->heads; h++)
             turn(a->qkv + place(a, row, t) * a->stride + (group * a->heads + h) * size, turn_of(a, a->cos, row, t),
                  turn_of(a, a->sin, row, t), room->queries + ((t - from) * a->heads + h) * size, size);
-    Term term = {room->queries, size, room->keys, size, size, 1.0f, 0, ACROSS, NULL, 0};
+    Term term = {room->queries, size, room->keys, size, size, 1.0f, 0, ACROSS, NULL, NULL};
     Finish finish = {NULL, NULL, 0, 0, NULL, NULL, room->scores, room->width};
     sum_of_products(&term, 1, 0, rows, 0, to, to, &veneer_bench, &finish, (Then){0});
 }
@@ -185,7 +185,7 @@ static void attend(const Attention *a, whole row, whole group, const Room *room)
             a->sums[place(a, row, t) * a->groups * heads + head] =
                 soften(room->scores + r * room->width, t + 1, width, a->scale, room->shares + r * room->width);
         }
-        Term term = {room->shares, room->width, room->values, size, to, 1.0f, 0, DOWN, NULL, 0};
+        Term term = {room->shares, room->width, room->values, size, to, 1.0f, 0, DOWN, NULL, NULL};
         Finish finish = {(bf16 *)room->outs, NULL, size, 0, NULL, NULL, NULL, 0};
         sum_of_products(&term, 1, 0, (to - from) * heads, 0, size, size, &veneer_bench, &finish, (Then){0});
         for (whole t = from; t < to; t++)
@@ -227,7 +227,7 @@ static void attend_gradient(const Attention *a, whole row, whole group, const Ro
             memcpy(room->grads + r * size, grad, size * sizeof(bf16));
             room->means[r] = dot(grad, a->out + at * a->out_stride + head * size, size);
         }
-        Term through = {room->grads, size, room->values, size, size, 1.0f, 0, ACROSS, NULL, 0};
+        Term through = {room->grads, size, room->values, size, size, 1.0f, 0, ACROSS, NULL, NULL};
         Finish more = {NULL, NULL, 0, 0, NULL, NULL, room->more, room->width};
         sum_of_products(&through, 1, 0, rows, 0, to, to, &veneer_bench, &more, (Then){0});
         for (whole r = 0; r < rows; r++) {
@@ -240,7 +240,7 @@ static void attend_gradient(const Attention *a, whole row, whole group, const Ro
                       &veneer_bench);
         sum_over_rows(room->slopes, room->width, to, room->queries, size, wide, 0, size, rows, 1.0f, 0, 1, keys,
                       &veneer_bench);
-        Term back = {room->slopes, room->width, room->keys, size, to, 1.0f, 0, DOWN, NULL, 0};
+        Term back = {room->slopes, room->width, room->keys, size, to, 1.0f, 0, DOWN, NULL, NULL};
         Finish own = {NULL, NULL, 0, 0, NULL, NULL, (float *)room->outs, size};
         sum_of_products(&back, 1, 0, rows, 0, size, size, &veneer_bench, &own, (Then){0});
         for (whole r = 0; r < rows; r++) {

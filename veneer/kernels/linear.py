@@ -57,11 +57,13 @@ def _even(W: Tensor) -> bool:
 
 
 def run(
-    rows: Tensor, branches: Sequence[Branch], mask: Tensor | None, into: Sequence[Tensor | None] | None
+    rows: Tensor,
+    branches: Sequence[Branch],
+    windows: tuple[Tensor, Tensor] | None,
+    into: Sequence[Tensor | None] | None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """`veneer.numerics.lowrank.run` for a group that this `takes`; ``mask`` (N, in) is what dropout keeps, or None."""
+    """`veneer.numerics.lowrank.run` for a group that this `takes`; ``windows`` are those of its dropout, or None."""
     rows = _row_by_row(rows)
-    dropped = rows if mask is None else rows * mask
     count, width = rows.shape
     ys: list[Tensor] = []
     hs: list[Tensor | None] = []
@@ -79,7 +81,8 @@ def run(
         hs.append(None if h is None else h[:, : b.A.shape[0]])
         zs.append(z)
         work += count * width * out
-    given = *_place(rows), *_place(dropped), count, width, _threads(work)
+    dropped = None if windows is None else rows.new_empty(count, width)
+    given = *_place(rows), *_dropout(dropped, windows), count, width, _threads(work)
     _function("veneer_group")(b"".join(packed), len(packed), *given)
     return ys, hs, zs
 
@@ -89,7 +92,7 @@ def gradients(
     branches: Sequence[Branch],
     grads: Sequence[Tensor],
     hidden: Sequence[Tensor | None],
-    mask: Tensor | None,
+    windows: tuple[Tensor, Tensor] | None,
     need_rows: bool,
     needs: Sequence[tuple[bool, bool, bool, bool]],
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
@@ -97,7 +100,7 @@ def gradients(
     count, width = rows.shape
     seen = any(need[1] for need in needs)  # elsewhere rows may be a shape without numbers
     rows = _row_by_row(rows) if seen else rows
-    dropped = rows * mask if seen and mask is not None else rows
+    dropped = rows.new_empty(count, width) if seen and windows is not None else None
     grad = grads[0].new_empty(count, width) if need_rows else None
     found: list[tuple[Tensor | None, Tensor | None]] = []
     packed, alive, work = [], [], 0
@@ -111,7 +114,7 @@ def gradients(
         packed.append(_branch(b, W, g.shape[1], None, None, g, None, h, t, A, B))
         found.append((A, B))
         work += count * width * g.shape[1]
-    given = *_place(dropped), *_place(mask if need_rows else None), count, width, *_place(grad), _threads(work)
+    given = *_place(rows), *_dropout(dropped, windows), count, width, *_place(grad), _threads(work)
     _function("veneer_group_gradients")(b"".join(packed), len(packed), *given)
     return grad, found
 
@@ -134,6 +137,11 @@ def _threads(work: int) -> int:
 
 def _place(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def _dropout(dropped: Tensor | None, windows: tuple[Tensor, Tensor] | None) -> tuple[int, int, int]:
+    table, starts = windows or (None, None)
+    return _place(dropped)[0], _place(table)[0], _place(starts)[0]
 
 
 def _branch(
@@ -161,8 +169,8 @@ def _branch(
 def _function(name: str) -> Callable[..., None]:
     found = getattr(kernels.library(), name)
     place = [ctypes.c_void_p, ctypes.c_int64]
-    shape = [ctypes.c_int64, ctypes.c_int64]
+    dropout, shape = [ctypes.c_void_p] * 3, [ctypes.c_int64] * 2
     ends = [*place, ctypes.c_int] if name == "veneer_group_gradients" else [ctypes.c_int]
-    found.argtypes = [ctypes.c_char_p, ctypes.c_int, *place, *place, *shape, *ends]
+    found.argtypes = [ctypes.c_char_p, ctypes.c_int, *place, *dropout, *shape, *ends]
     found.restype = None
     return found

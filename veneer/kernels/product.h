@@ -31,8 +31,8 @@ typedef struct {
     float scale;
     int fp32;
     Layout layout;
-    const bf16 *keep; /* a mask (rows, columns) that the sum up to this term is multiplied by, or NULL */
-    whole keep_stride;
+    const bf16 *keep; /* numbers of which a row's, from `starts` on, multiply the sum up to this term; or NULL */
+    const int64_t *starts;
 } Term;
 
 /* Where a sum goes: itself to `sums` in fp32, or `out = sum · gain + bias`, and it to `before`, each where it is not NULL. */
@@ -205,7 +205,7 @@ INLINE void tile(const Run *runs, int count, const __m512i *panel, whole row, wh
             for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
                 for (int v = 0; v < vectors; v++) {
-                    const bf16 *keep = t->keep + (row + i) * t->keep_stride + column + v * LANES;
+                    const bf16 *keep = t->keep + t->starts[row + i] + column + v * LANES;
                     sum[i][v] = _mm512_mul_ps(sum[i][v], widened(keep, first(last - column - v * LANES)));
                 }
     }

@@ -30,6 +30,15 @@ def keep_mask(seed: int, shape: tuple[int, int], p: float, dtype: torch.dtype, d
     number a row and one copy, about a fiftieth of drawing every element, and is the same on any device, in any
     precision and with any number of threads.
     """
+    table, starts = windows(seed, shape, p, dtype, device)
+    return table.index_select(0, starts)
+
+
+def windows(
+    seed: int, shape: tuple[int, int], p: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`keep_mask` without a copy: the table of windows ``(2**20, width)``, each beginning one number after the one
+    before, and which of them is the mask of each row ``(rows,)``."""
     rows, width = shape
     starts = torch.randint(_STARTS, (rows,), generator=torch.Generator().manual_seed(seed))
-    return _table(p, width, dtype, device).index_select(0, starts.to(device))
+    return _table(p, width, dtype, device), starts.to(device)

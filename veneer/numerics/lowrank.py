@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import linear as compiled
-from veneer.numerics.dropout import keep_mask
+from veneer.numerics.dropout import keep_mask, windows
 
 
 class Branch(NamedTuple):
@@ -101,7 +101,7 @@ def run(
     """
     dtype = rows.dtype
     if _by_compiled_code(branches, factors, dtype):
-        return compiled.run(rows, branches, _mask(rows, branches), into)
+        return compiled.run(rows, branches, _windows(rows, branches), into)
     hidden = _project(rows, branches, factors)
     outputs: list[Tensor] = []
     before: list[Tensor | None] = []
@@ -169,8 +169,8 @@ def gradients(
             g = grads[i] = gained(g, branch.gain)
         found.append(Gradients(bias, None, None, gain))
     if _by_compiled_code(branches, factors, rows.dtype):
-        mask = _mask(rows, branches)
-        total, pairs = compiled.gradients(rows, branches, grads, hidden, mask, need_rows, needs)
+        kept = _windows(rows, branches)
+        total, pairs = compiled.gradients(rows, branches, grads, hidden, kept, need_rows, needs)
         return total, [one._replace(A=A, B=B) for one, (A, B) in zip(found, pairs)]
     for i, (branch, (_, need_A, need_B, _)) in enumerate(zip(branches, needs)):
         g = grads[i]
@@ -209,9 +209,10 @@ def _by_compiled_code(branches: Sequence[Branch], factors: Factors, dtype: torch
     return factors.A is None and (any(b.A is not None for b in branches) or compiled.takes(branches, dtype))
 
 
-def _mask(rows: Tensor, branches: Sequence[Branch]) -> Tensor | None:
-    """The one mask (N, in) of a group that compiled code takes, or None."""
-    return next((mask for _, mask in _courses(rows, branches)), None)
+def _windows(rows: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, Tensor] | None:
+    """The dropout's windows of a group that compiled code takes, which all its branches share; None without dropout."""
+    one = next((b for b in branches if b.A is not None and b.dropout), None)
+    return None if one is None else windows(one.seed, tuple(rows.shape), one.dropout, rows.dtype, rows.device)
 
 
 def _project(rows: Tensor, branches: Sequence[Branch], factors: Factors) -> list[Tensor | None]:
