@@ -112,6 +112,13 @@ def test_large_scores_stay_numbers():
     assert all(t.isfinite().all() for t in both_ways(qkv * 100, turn, heads, None))
 
 
+def test_turns_of_too_few_times_are_refused():
+    qkv, _, heads, _ = batch(1, 8, 2, 1, 16)
+    turn = Turn.of(*angles(7, 16), 3)
+    with pytest.raises(ValueError, match="attention of 8 times"):
+        compiled.attend(qkv, turn.cos, turn.sin, heads, None)
+
+
 def test_other_kinds_are_left_to_torch():
     qkv, _, heads, _ = batch(1, 8, 2, 1, 16)
     assert compiled.takes(qkv, None, heads)

@@ -138,6 +138,15 @@ def test_no_rows_give_gradients_of_zero():
     assert len(found) == 4 and not any(f.any() for f in found)
 
 
+@pytest.mark.parametrize("wrong", ["rows", "B"])
+def test_what_does_not_fit_is_refused_and_not_read(wrong):
+    (branch,) = group((40,), 30, 6)
+    branch = branch._replace(B=torch.zeros(38, 6)) if wrong == "B" else branch
+    rows = torch.zeros(5, 28 if wrong == "rows" else 30).bfloat16()
+    with pytest.raises(ValueError, match="got W, A and B of the shapes"):
+        lowrank.run(rows, [branch], Factors.of([branch], torch.bfloat16))
+
+
 def test_outputs_go_where_they_are_to_and_nowhere_else():
     branches = group((40, 18), 30, 5)
     rows = torch.randn(23, 64).bfloat16()[:, 7:37]  # rows that lie apart

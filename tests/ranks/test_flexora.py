@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import veneer
 from veneer.errors import UserError
+from veneer.numerics.fused import by_autograd
 from veneer.parts.attribution import loss_at
 from veneer.parts.modes import in_mode
-from veneer.ranks.flexora import Search, _twice, selected, weights
+from veneer.ranks.flexora import Search, selected, weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
@@ -42,7 +43,7 @@ def searched(power=1, moved=True):
     model.double()
     with torch.no_grad():
         for d in adapter.deltas.values():
-            d.product = _twice
+            d.product = by_autograd
             if moved:
                 d.B.normal_(0, 0.1, generator=torch.Generator().manual_seed(d.B.numel()))
     search = Exact(adapter, power)

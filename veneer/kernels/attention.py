@@ -99,6 +99,11 @@ def _packed(
     back: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> bytes:
     source, cos = rows[0], turn[0]
+    if qkv.shape[1] != sum(heads.widths) or any(t is not None and t.shape[1] < source.shape[1] for t in turn):
+        raise ValueError(
+            f"attention of {source.shape[1]} times got {qkv.shape[1]} numbers each for {heads.widths}, and turns of "
+            f"the shape {tuple(cos.shape)}"
+        )
     grad, found, aside, agreements = back or (None, None, None, None)
     return _ATTENTION.pack(
         *_place(qkv),

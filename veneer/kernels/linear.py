@@ -71,6 +71,7 @@ def run(
     packed, alive, work = [], [], 0
     for b, y in zip(branches, into or [None] * len(branches)):
         W, out = _dense(b), b.width
+        _check(b, W, width, out)
         y = rows.new_empty(count, out) if y is None else y
         z = rows.new_empty(count, out) if b.gain is not None else None
         h = None if b.A is None else rows.new_empty(count, b.A.shape[0] + b.A.shape[0] % 2)
@@ -106,6 +107,7 @@ def gradients(
     packed, alive, work = [], [], 0
     for b, g, h, (_, need_A, need_B, _) in zip(branches, grads, hidden, needs):
         W, g = _dense(b) if need_rows else None, _row_by_row(g)
+        _check(b, W, width, g.shape[1])
         need_A, need_B = need_A and b.A is not None, need_B and b.A is not None
         A = torch.empty(b.A.shape, dtype=torch.float32) if need_A else None
         B = torch.empty(b.B.shape, dtype=torch.float32) if need_B else None
@@ -117,6 +119,15 @@ def gradients(
     given = *_place(rows), *_dropout(dropped, windows), count, width, *_place(grad), _threads(work)
     _function("veneer_group_gradients")(b"".join(packed), len(packed), *given)
     return grad, found
+
+
+def _check(b: Branch, W: Tensor | None, width: int, out: int) -> None:
+    """Compiled code would read beyond what does not fit."""
+    rank = 0 if b.A is None else b.A.shape[0]
+    fits = W is None or W.shape == (out, width)
+    if not fits or (rank and not (b.A.shape == (rank, width) and b.B.shape == (out, rank))):
+        shapes = [tuple(t.shape) for t in (W, b.A, b.B) if t is not None]
+        raise ValueError(f"a linear layer from {width} to {out} numbers got W, A and B of the shapes {shapes}")
 
 
 def _row_by_row(x: Tensor) -> Tensor:

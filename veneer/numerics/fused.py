@@ -59,18 +59,29 @@ def lowrank_linear(
     if dropout and seed is None:
         raise ValueError("dropout needs a seed, from which backward draws the same mask again")
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
-        return _plain(x, weight, bias, A, B, scale, dropout, seed, gain)
+        return by_autograd(x, weight, bias, A, B, scale, dropout, seed, gain)
     given, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     return _LowRankLinear.apply(x, given, bias, A, B, gain, stored, float(scale), dropout, seed)
 
 
-def _plain(x, W, bias, A, B, scale, dropout, seed, gain):
-    """The same value from differentiable pieces: for a weight that trains."""
+def by_autograd(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """`lowrank_linear` from pieces of torch: for a weight that trains, and for gradients of gradients."""
     kept = x
     if dropout:
         kept = x * keep_mask(seed, (x[..., 0].numel(), x.shape[-1]), dropout, x.dtype, x.device).view(x.shape)
-    dtype = compute_dtype(x)
-    y = F.linear(x, W) + F.linear(F.linear(kept, A.to(dtype)), (B * (scale / (1 - dropout))).to(dtype))
+    dtype, W = compute_dtype(x), weight() if callable(weight) else weight
+    y = F.linear(F.linear(kept, A.to(dtype)), (B * (scale / (1 - dropout))).to(dtype))
+    y = y if W is None else F.linear(x, W) + y
     if gain is not None:
         y = y * gain.to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)

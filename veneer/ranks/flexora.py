@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,6 +15,7 @@ from veneer.core.registry import method
 from veneer.core.site import Site
 from veneer.errors import UserError
 from veneer.fields import At
+from veneer.numerics.fused import by_autograd
 from veneer.parts.attach import attach
 from veneer.parts.attribution import loss_at
 from veneer.parts.modes import in_mode
@@ -137,7 +137,7 @@ class Flexora(Ranks):
         training, validating = itertools.cycle(train), itertools.cycle(held)
         if self.unroll:
             for d in search.adapter.deltas.values():
-                d.product = _twice
+                d.product = by_autograd
         for step in range(self.steps):
             ahead = list(itertools.islice(validating, self.batches))
             if self.unroll:
@@ -170,19 +170,3 @@ class Flexora(Ranks):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.h = {int(i): value for i, value in state.get("h", {}).items()}
-
-
-def _twice(
-    x: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    gain: Tensor | None = None,
-) -> Tensor:
-    """The low-rank product from pieces that can be differentiated twice; nothing is dropped in a search."""
-    y = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
-    return y if weight is None else y + F.linear(x, weight() if callable(weight) else weight, bias)
